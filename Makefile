@@ -1,0 +1,64 @@
+# `make` alone prints the targets. Everything runs in $(VENV), which is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_ARGS)
+# A line for each large wheel as it comes, name and size; warnings and errors go past this, on stderr.
+TERSE := awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ { print "  " $$(NF-2), $$(NF-1), $$NF; fflush() } \
+	/^Installing collected/ { print "  unpacking"; fflush() }'
+
+.PHONY: help
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  may be set on the command line, e.g."
+	@echo "  make test PYTEST_ARGS='-k packaging'      make demo DEMO_ARGS='--help'"
+
+.PHONY: venv
+venv: $(STAMP)  ## create the environment with the pinned versions, if it is missing or out of date
+
+$(STAMP): setup.py pyproject.toml constraints.txt drkl_triton/_version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer, got %d.%d; set PYTHON=" % sys.version_info[:2])'
+	@echo "Installing into $(VENV), with the versions in constraints.txt"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools | $(TERSE)
+	@$(PIP) --no-build-isolation -e '.[test,bench,examples,dev]' | $(TERSE)
+	@touch $@
+	@echo "  done"
+
+.PHONY: test
+test: $(STAMP)  ## run every test; no GPU needed
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+.PHONY: demo
+demo: $(STAMP)  ## distil small models on real text and compare the objectives, about ten minutes on two cores
+	@$(BIN)/python examples/distill/run.py $(DEMO_ARGS)
+
+.PHONY: lint
+lint: $(STAMP)  ## check style and formatting
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+.PHONY: format
+format: $(STAMP)  ## fix what ruff can fix
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+.PHONY: wheel
+wheel: $(STAMP)  ## build the wheel and the sdist into dist/
+	@$(BIN)/pyproject-build --no-isolation --outdir dist
+
+.PHONY: clean
+clean:  ## remove build products and caches; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,19 @@
+"""Softmax, reverse KL and DRKL for distilling language models, without ever holding a probability tensor."""
+
+from . import reference
+from ._version import __version__
+from .algebra import RowMetrics
+from .functional import drkl, log_softmax, reverse_kl, softmax
+from .modules import DRKLLoss, ReverseKLLoss
+
+__all__ = [
+    "DRKLLoss",
+    "ReverseKLLoss",
+    "RowMetrics",
+    "__version__",
+    "drkl",
+    "log_softmax",
+    "reference",
+    "reverse_kl",
+    "softmax",
+]

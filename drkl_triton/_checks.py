@@ -1,0 +1,168 @@
+"""Everything that is checked about a caller's arguments, in one place. Messages say what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("auto", "triton", "tiled")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def logits(name: str, x: Tensor) -> None:
+    """One tensor of logits, [..., V]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor [..., V], got {type(x).__name__}")
+    if not torch.compiler.is_compiling():
+        _plain_tensor(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert it with .float()")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must have a vocabulary of at least one column in its last dimension, got shape {tuple(x.shape)}"
+        )
+
+
+def _plain_tensor(name: str, x: Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise TypeError(
+            f"{name} is inside a torch.func transform (vmap, grad, jvp), which these kernels do not support; "
+            "use loss.backward() or torch.autograd.grad, and batch along the leading dimensions instead of vmap"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; convert it with .to_dense()")
+    if hasattr(x, "device_mesh"):
+        raise TypeError(f"{name} is a DTensor, got placements {x.placements}; pass its full_tensor() or the local rows of it")
+
+
+def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
+    """Both logits; returns the number of columns that count."""
+    one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
+    logits("student_logits", student)
+    logits("teacher_logits", teacher)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same leading shape, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; shift or slice both the same way"
+        )
+    same_device("teacher_logits", teacher, student)
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher_logits requires grad, but gradients flow to the student alone; "
+            "compute the teacher under torch.no_grad() or pass teacher_logits.detach()"
+        )
+    V, teacher_V = student.shape[-1], teacher.shape[-1]
+    if V != teacher_V and vocab_mismatch == "error":
+        raise ValueError(
+            f"student_logits has {V} columns and teacher_logits {teacher_V}; if the first {min(V, teacher_V)} mean the same "
+            'tokens in both, pass vocab_mismatch="truncate"'
+        )
+    return min(V, teacher_V)
+
+
+def same_device(name: str, x: Tensor, student: Tensor) -> None:
+    if x.device != student.device:
+        raise ValueError(
+            f"{name} must be on the device of student_logits, {student.device}, got {x.device}; "
+            f"move it with .to(student_logits.device)"
+        )
+
+
+def row_tensor(name: str, x: Tensor, student: Tensor, dtypes: tuple[torch.dtype, ...] | None, what: str) -> None:
+    """labels or weight: one value a row."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of {what}, got {type(x).__name__}")
+    if (dtypes is not None and x.dtype not in dtypes) or x.is_complex():
+        raise TypeError(f"{name} must be {what}, got {x.dtype}; convert it with .to()")
+    if x.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the leading shape of student_logits, {tuple(student.shape[:-1])}, got {tuple(x.shape)}; "
+            "give one value per token"
+        )
+    same_device(name, x, student)
+
+
+def labels(x: Tensor | None, student: Tensor) -> None:
+    if x is not None:
+        row_tensor("labels", x, student, (torch.int64, torch.int32), "int64 (or int32)")
+
+
+def weight(x: Tensor | None, student: Tensor) -> None:
+    if x is not None:
+        row_tensor("weight", x, student, None, "real numbers")
+
+
+def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def positive(name: str, value: float | Tensor) -> None:
+    """temperature, gamma: a positive number, or a 0-dim tensor whose value is not looked at."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex():
+            raise ValueError(
+                f"{name} must be a positive number or a 0-dim real tensor, got a {value.dtype} tensor of shape "
+                f"{tuple(value.shape)}; a value per token is not supported"
+            )
+        return
+    _real(name, value, "a positive number or a 0-dim tensor")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def _real(name: str, value, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def integer(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def denominator(num_items: float | Tensor | None, reduction: str) -> None:
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}; leave num_items out'
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0 or num_items.is_complex():
+            raise ValueError(
+                f"num_items must be a number or a 0-dim tensor, got a {num_items.dtype} tensor of shape {tuple(num_items.shape)}"
+            )
+        return
+    _real("num_items", num_items, "a number or a 0-dim tensor")
+    if not (num_items >= 0 and math.isfinite(num_items)):
+        raise ValueError(f"num_items must be finite and not negative, got {num_items!r}")
+
+
+def shift_shape(student: Tensor) -> None:
+    if student.dim() < 3:
+        raise ValueError(
+            f"shift=True needs [B, T, V] logits, got shape {tuple(student.shape)}: flattened rows would be scored with the "
+            "next sequence's first label; pass the unflattened tensors (logits[None] for one sequence)"
+        )
+
+
+def divergence_options(*, reduction, support, backend, ignore_index, shift, return_metrics, temperature, num_items) -> None:
+    """The options that reverse_kl, drkl and their modules share."""
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("support", support, ("full", "teacher"))
+    one_of("backend", backend, BACKENDS)
+    integer("ignore_index", ignore_index)
+    flag("shift", shift)
+    flag("return_metrics", return_metrics)
+    positive("temperature", temperature)
+    denominator(num_items, reduction)

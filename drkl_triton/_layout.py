@@ -1,0 +1,46 @@
+"""Logits of any leading shape as rows of V columns, read in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``tensor`` [..., V] whose row i starts ``(i // inner) * strides[0] + (i % inner) * strides[1]`` elements past its data pointer."""
+
+    tensor: torch.Tensor
+    inner: int
+    strides: tuple[int, int]
+
+    @staticmethod
+    def like(tensor: torch.Tensor) -> Rows:
+        """The rows of a contiguous ``tensor`` [N, columns]."""
+        return Rows(tensor, max(1, tensor.shape[0]), (0, tensor.shape[-1]))
+
+
+def rows_of(tensor: torch.Tensor) -> Rows:
+    """``tensor`` [..., V] as Rows, without a copy where its leading strides reduce to two and its last dimension is dense."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])
+    if len(leading) > 2:
+        tensor = tensor.contiguous()
+        leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])
+    (_, outer), (inner, stride) = [(1, 0), (1, 0), *leading][-2:]
+    return Rows(tensor, max(1, inner), (outer, stride))
+
+
+def _merge(sizes, strides):
+    """[(size, stride)] with dimensions of size 1 dropped and neighbours that walk evenly joined."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged

@@ -1,0 +1,177 @@
+"""Which implementation runs, and the custom ops through which it is called.
+
+The ops are what ``torch.compile`` sees: opaque calls with fake implementations. They take the logits as they come and find the
+rows inside, so that strides never end in a compiled graph. None of them writes to its inputs or waits for the device.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import tiled
+from ._layout import rows_of
+from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
+
+# Triton is optional. Only its own presence is asked for: a missing drkl_triton.kernels is a broken install and raises.
+HAS_TRITON = find_spec("triton") is not None
+# Triton reads this when it decorates the kernels, so a later change would have no effect either.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+
+
+def choose(backend: str, tensor: Tensor) -> str:
+    """ "triton" or "tiled" for a checked ``backend`` argument and the device of ``tensor``."""
+    device = tensor.device.type
+    if backend == "auto":
+        return "triton" if HAS_TRITON and device in _TRITON_DEVICES else "tiled"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError(
+                'backend="triton" needs the triton package, which is not installed; install it or use backend="tiled"'
+            )
+        if device not in _TRITON_DEVICES and not (device == "cpu" and INTERPRETING):
+            raise ValueError(
+                f'backend="triton" needs tensors on a GPU, got {device}; move them, use backend="tiled", or set '
+                "TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter on the CPU"
+            )
+    return backend
+
+
+def _implementation(name: str):
+    if name == "triton":
+        from . import kernels
+
+        return kernels
+    return tiled
+
+
+# Schemas are written out: torch 2.6 cannot infer optional tensors from every spelling of the annotation.
+_define = torch.library.custom_op
+
+
+@_define(
+    "drkl_triton::row_labels",
+    mutates_args=(),
+    schema="(Tensor like, Tensor? labels, Tensor? weight, SymInt ignore_index, SymInt V, bool shift, bool strict) -> Tensor",
+)
+def row_labels(like, labels, weight, ignore_index, V, shift, strict):
+    """int64 [...]: the column to take out of each row's sums, or NO_LABEL, IGNORED, INVALID.
+
+    ``like`` [..., V] gives shape and device. shift: row t is scored with label and weight t + 1. strict (DRKL): a label
+    outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise such a row has NO_LABEL.
+    """
+    shape = like.shape[:-1]
+    codes = torch.full(shape, NO_LABEL, dtype=torch.int64, device=like.device)
+    if labels is not None:
+        labels = labels.long()
+        ignored = labels == ignore_index
+        outside = ~ignored & ((labels < 0) | (labels >= V))
+        if strict and weight is not None:
+            outside &= weight != 0
+        if shift:
+            outside[..., :1] = False  # no row is scored with the first label
+        if strict and labels.device.type == "cpu" and outside.any():
+            where = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"labels must be in [0, {V}) or ignore_index ({ignore_index}), got {labels[tuple(where)].item()} at {where}; "
+                "mask it with ignore_index or check the tokenizer's vocabulary against the logits'"
+            )
+        codes = torch.where(outside, INVALID if strict else NO_LABEL, torch.where(ignored, IGNORED, labels))
+    if weight is not None:
+        codes = torch.where(weight == 0, IGNORED, codes)
+    if shift:
+        codes = torch.cat([codes[..., 1:], torch.full_like(codes[..., :1], IGNORED)], dim=-1)
+    return codes
+
+
+@row_labels.register_fake
+def _(like, labels, weight, ignore_index, V, shift, strict):
+    return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
+
+
+@_define(
+    "drkl_triton::row_sums",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, SymInt V, bool teacher_support, "
+    "bool entropy, str backend) -> Tensor",
+)
+def row_sums(student, teacher, label, inv_temperature, V, teacher_support, entropy, backend):
+    """The table of sums [8, N] (kernels/row_sums.py)."""
+    return _implementation(backend).row_sums(
+        rows_of(student),
+        rows_of(teacher),
+        label.reshape(-1),
+        inv_temperature,
+        V,
+        teacher_support=teacher_support,
+        entropy=entropy,
+    )
+
+
+@row_sums.register_fake
+def _(student, teacher, label, inv_temperature, V, teacher_support, entropy, backend):
+    return torch.empty((SUMS, label.numel()), dtype=inv_temperature.dtype, device=student.device)
+
+
+@_define(
+    "drkl_triton::row_grad",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor scalars, SymInt V, "
+    "bool teacher_support, str backend) -> Tensor",
+)
+def row_grad(student, teacher, label, inv_temperature, scalars, V, teacher_support, backend):
+    """The gradient of the student's logits, contiguous, from the table of scalars [7, N] (kernels/row_grad.py)."""
+    out = _implementation(backend).row_grad(
+        rows_of(student),
+        rows_of(teacher),
+        label.reshape(-1),
+        inv_temperature,
+        scalars.contiguous(),
+        V,
+        teacher_support=teacher_support,
+    )
+    return out.view(student.shape)
+
+
+@row_grad.register_fake
+def _(student, teacher, label, inv_temperature, scalars, V, teacher_support, backend):
+    torch._check(scalars.shape[0] == SCALARS)
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+@_define(
+    "drkl_triton::softmax",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor inv_temperature, bool log, str backend) -> (Tensor, Tensor)",
+)
+def softmax(logits, inv_temperature, log, backend):
+    """(output like logits, state [2, N]) (kernels/softmax.py)."""
+    N = logits.numel() // logits.shape[-1]
+    y, state = _implementation(backend).softmax_forward(rows_of(logits), inv_temperature, N, log=log)
+    return y.view(logits.shape), state
+
+
+@softmax.register_fake
+def _(logits, inv_temperature, log, backend):
+    N = logits.numel() // logits.shape[-1]
+    state = torch.empty((2, N), dtype=inv_temperature.dtype, device=logits.device)
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), state
+
+
+@_define(
+    "drkl_triton::softmax_backward",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor grad, Tensor inv_temperature, Tensor state, bool log, str backend) -> Tensor",
+)
+def softmax_backward(logits, grad, inv_temperature, state, log, backend):
+    """The gradient of the logits, contiguous, in their dtype."""
+    out = _implementation(backend).softmax_backward(rows_of(logits), rows_of(grad), inv_temperature, state, log=log)
+    return out.view(logits.shape)
+
+
+@softmax_backward.register_fake
+def _(logits, grad, inv_temperature, state, log, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

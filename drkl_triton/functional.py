@@ -1,0 +1,225 @@
+"""The public functions. Shapes, dtypes, errors and formulas are in their docstrings; semantics in README.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, backends
+from .algebra import IGNORED, RowMetrics
+from .autograd import DivergenceFunction, SoftmaxFunction
+
+__all__ = ["drkl", "log_softmax", "reverse_kl", "softmax"]
+
+
+def softmax(logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
+    """``exp(x / temperature)`` normalised over the last dimension, as one scan and one pass that writes.
+
+    Args:
+        logits: ``[..., V]``, float16, bfloat16, float32 or float64. Leading strides that reduce to two are read in place;
+            a strided last dimension, or more leading strides, are copied.
+        temperature: positive number, or 0-dim tensor (not validated, no gradient).
+        backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
+
+    Returns:
+        ``[..., V]``, contiguous, in the dtype of ``logits``; computed in float32 (float64 for float64). Columns at -inf get 0;
+        a row that is -inf everywhere, or holds NaN or +inf, is NaN.
+
+    Raises:
+        TypeError: not a tensor, or a dtype, layout or subclass that is not supported.
+        ValueError: no columns, ``temperature`` not positive, ``backend`` unknown or not available here.
+
+    The backward pass recomputes the probabilities from ``logits``; nothing of size V is kept. Second derivatives raise.
+    """
+    return _softmax(logits, temperature, backend, log=False)
+
+
+def log_softmax(logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
+    """Logarithm of :func:`softmax`: ``x / temperature - logsumexp(x / temperature)`` over the last dimension.
+
+    Arguments, errors and memory as in :func:`softmax`. Columns at -inf get -inf, and their upstream gradient is passed on
+    unchanged (over the temperature), as in ``torch.log_softmax``.
+    """
+    return _softmax(logits, temperature, backend, log=True)
+
+
+def _softmax(logits: Tensor, temperature: float | Tensor, backend: str, log: bool) -> Tensor:
+    _checks.logits("logits", logits)
+    _checks.positive("temperature", temperature)
+    _checks.one_of("backend", backend, _checks.BACKENDS)
+    chosen = backends.choose(backend, logits)
+    return SoftmaxFunction.apply(logits, _inverse(temperature, logits), log, chosen)
+
+
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    shift: bool = False,
+    vocab_mismatch: str = "error",
+    support: str = "full",
+    backend: str = "auto",
+    return_metrics: bool = False,
+) -> Any:
+    r"""Reverse Kullback-Leibler divergence ``KL(q || p)`` of the student's ``q`` from the teacher's ``p``, per token.
+
+    .. math:: \mathrm{RKL} = \sum_k q_k (\log q_k - \log p_k), \quad q = \mathrm{softmax}(s/\tau),\ p = \mathrm{softmax}(t/\tau)
+
+    Args:
+        student_logits, teacher_logits: ``[..., V]``, float16, bfloat16, float32 or float64, same leading shape and device; the
+            dtypes may differ. Leading strides that reduce to two (slices and transposes of ``[B, T, V]``, expanded teachers)
+            are read in place; a strided last dimension, or more leading strides, are copied.
+        labels: ``[...]`` int64 or int32. Rows at ``ignore_index`` are not read: loss, gradient and metrics 0. The other labels
+            do not change the loss; they fill the target fields of the metrics and let the arithmetic run in log-odds, which
+            keeps its precision where the student is sure of the label. A label outside ``[0, V)`` makes that row's target
+            metrics NaN.
+        weight: ``[...]``, real. Weight of each token, without a gradient; a token of weight 0 is ignored.
+        temperature: divides both logits. Positive number, or 0-dim tensor (not validated, no gradient). There is no hidden
+            factor ``temperature**2``.
+        ignore_index: the label of rows to leave out.
+        reduction: ``"mean"`` (sum of weight x loss over sum of weights of the rows not ignored), ``"sum"`` (of weight x loss)
+            or ``"none"`` (weight x loss, ``[...]``).
+        num_items: number or 0-dim tensor that replaces the denominator of ``"mean"``: the tokens of the whole batch under
+            gradient accumulation or data parallelism.
+        shift: next-token form for ``[B, T, V]``: row t is scored with label and weight t + 1, the last row is ignored (also
+            without labels). Nothing is sliced or copied.
+        vocab_mismatch: ``"error"``, or ``"truncate"``: columns beyond the smaller vocabulary are left out of both
+            distributions and get gradient 0.
+        support: ``"full"``, or ``"teacher"``: columns where the teacher is -inf are left out of both distributions.
+        backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
+        return_metrics: also return :class:`RowMetrics`, detached, from the same scan.
+
+    Returns:
+        The loss in nats, float32 (float64 where either side is float64): a 0-dim tensor, or ``[...]`` for ``"none"``. With
+        ``return_metrics`` the pair ``(loss, RowMetrics)``. Without a row that counts, or with a denominator of 0, the mean is 0,
+        connected to the graph, with zero gradients. The gradient goes to ``student_logits`` alone, in its dtype.
+
+        A row whose teacher is -inf where the student is finite has loss +inf and gradient 0. A row with NaN or +inf, or with
+        one side -inf everywhere, is NaN, loss and gradient; other rows are not touched.
+
+    Raises:
+        TypeError: wrong types, dtypes, layouts; a tensor inside a ``torch.func`` transform.
+        ValueError: shapes, devices, vocabularies or options that do not fit; ``teacher_logits`` that require grad.
+        RuntimeError: differentiating the gradient (second derivatives).
+    """
+    return _divergence(None, student_logits, teacher_logits, labels, weight, temperature, ignore_index, reduction,
+                       num_items, shift, vocab_mismatch, support, backend, return_metrics)  # fmt: skip
+
+
+def drkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float | Tensor = 0.5,
+    weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    shift: bool = False,
+    vocab_mismatch: str = "error",
+    support: str = "full",
+    backend: str = "auto",
+    return_metrics: bool = False,
+) -> Any:
+    r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant, per token.
+
+    .. math:: \mathrm{DRKL} = \mathrm{KL}(b_q \| b_p) + \gamma\, \mathrm{KL}(\hat q \| \hat p)
+
+    with ``b_q = (q_y, 1 - q_y)`` at the label ``y`` and ``q^`` the distribution over the other columns, renormalised. Reverse KL is
+    the same sum with ``1 - q_y`` in place of ``gamma``. Source: Luong, Tran, Chen, "Diversity-Aware Reverse Kullback-Leibler
+    Divergence for Large Language Model Distillation", arXiv 2604.00223; this is our reading of its Equation 9, and the default
+    ``gamma`` is ours.
+
+    Args:
+        labels: ``[...]`` int64 or int32, required. A label outside ``[0, V)`` that is not ``ignore_index`` is a ValueError when the
+            labels are on the CPU; on a GPU, where looking would stall the device, the row's loss and gradient are NaN.
+        gamma: weight of the non-target part. Positive number, or 0-dim tensor (not validated, no gradient).
+
+    All other arguments, the result and the errors are those of :func:`reverse_kl`. With ``support="teacher"`` and a teacher at
+    -inf on the label, the target part is 0. Where the student is -inf at the label, the loss is
+    ``-log(1 - p_y) + gamma N``; where it is finite at the label only, ``-log p_y``, with gradient 0.
+    """
+    _checks.positive("gamma", gamma)
+    if labels is None:
+        raise TypeError("drkl needs labels [...] (the target column of each row), got None; reverse_kl works without")
+    return _divergence(gamma, student_logits, teacher_logits, labels, weight, temperature, ignore_index, reduction,
+                       num_items, shift, vocab_mismatch, support, backend, return_metrics)  # fmt: skip
+
+
+def _divergence(gamma, student, teacher, labels, weight, temperature, ignore_index, reduction, num_items, shift,
+                vocab_mismatch, support, backend, return_metrics):  # fmt: skip
+    V = _checks.logits_pair(student, teacher, vocab_mismatch)
+    _checks.divergence_options(reduction=reduction, support=support, backend=backend, ignore_index=ignore_index,
+                               shift=shift, return_metrics=return_metrics, temperature=temperature,
+                               num_items=num_items)  # fmt: skip
+    _checks.labels(labels, student)
+    _checks.weight(weight, student)
+    if shift:
+        _checks.shift_shape(student)
+    chosen = backends.choose(backend, student)
+
+    acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    inv_temperature = _inverse(temperature, student, acc)
+    gamma = None if gamma is None else _scalar(gamma, acc, student.device)
+    weight = None if weight is None else weight.detach()
+    codes = backends.row_labels(student.detach(), labels, weight, ignore_index, V, shift, gamma is not None)
+    rows, *metrics = DivergenceFunction.apply(
+        student, teacher, codes.view(-1), inv_temperature, gamma, V, labels is not None, support == "teacher",
+        return_metrics, chosen,
+    )  # fmt: skip
+
+    shape = student.shape[:-1]
+    loss = _reduce(rows.view(shape), codes, weight, reduction, num_items, shift)
+    if not return_metrics:
+        return loss
+    fields = [x.view(shape) for x in (rows.detach(), *metrics)]
+    if labels is None:
+        fields[1:1] = [None] * 4
+    return loss, RowMetrics(*fields)
+
+
+def _reduce(loss: Tensor, codes: Tensor, weight: Tensor | None, reduction: str, num_items: float | Tensor | None,
+            shift: bool) -> Tensor:  # fmt: skip
+    counted = codes != IGNORED
+    if weight is not None:
+        if shift:
+            weight = torch.cat([weight[..., 1:], torch.zeros_like(weight[..., :1])], dim=-1)
+        weight = torch.where(counted, weight.to(loss.dtype), 0.0)
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if num_items is not None:
+        denominator = _scalar(num_items, loss.dtype, loss.device)
+    else:
+        denominator = (counted if weight is None else weight).sum(dtype=loss.dtype)
+    nothing = denominator == 0
+    return torch.where(nothing, 0.0, total / torch.where(nothing, 1.0, denominator))
+
+
+def _inverse(temperature: float | Tensor, logits: Tensor, acc: torch.dtype | None = None) -> Tensor:
+    """1 / temperature, 0-dim, in the accumulator's dtype."""
+    if acc is None:
+        acc = torch.promote_types(logits.dtype, torch.float32)
+    if isinstance(temperature, Tensor):
+        return _scalar(temperature, acc, logits.device).reciprocal()
+    return _scalar(1.0 / temperature, acc, logits.device)
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor on the device. Filling memory there, unlike copying a number to it, waits for nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)

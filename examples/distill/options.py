@@ -1,0 +1,141 @@
+"""The command line, and every complaint about it that can be made before the work begins."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch
+from data import SMALLEST_VOCAB, InputError
+from train import make_objective
+
+# Sizes, and what --quick makes of them. An option on the command line outranks both columns.
+SIZES = {
+    "vocab": (8192, 512, "tokens in the vocabulary"),
+    "max-mb": (8.0, 0.5, "cap on the text, million characters"),
+    "context": (128, 64, "tokens in a window"),
+    "batch": (8, 4, "windows in a batch"),
+    "teacher-steps": (1400, 150, ""),
+    "teacher-width": (256, 64, ""),
+    "teacher-layers": (6, 2, ""),
+    "teacher-heads": (4, 2, ""),
+    "student-steps": (600, 150, ""),
+    "student-width": (128, 32, ""),
+    "student-layers": (2, 1, ""),
+    "student-heads": (4, 2, ""),
+    "evaluations": (10, 5, "points of the held-out curves"),
+    "curve-windows": (16, 4, "held-out windows at such a point"),
+    "windows": (192, 16, "held-out windows for the table"),
+    "prompts": (32, 4, "held-out prompts that are continued"),
+    "samples": (8, 4, "samples a prompt"),
+}
+OBJECTIVES = ["fkl", "rkl", "drkl:0.25", "drkl:0.5", "drkl:1"]
+
+
+def attribute(name):
+    return name.replace("-", "_")
+
+
+def parse(description, argv=None):
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/demo"), help="results and caches (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, xpu (%(default)s)")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of the matrix products in training (auto: bfloat16 where the hardware has it)",
+    )
+    add("--backend", choices=["auto", "triton", "tiled"], default="auto", help="of drkl_triton")
+    add("--threads", type=int, help="CPU threads (as many as PyTorch likes, at most 8)")
+    add("--seed", type=int, default=0, help="the first seed (%(default)s)")
+    add("--seeds", type=int, default=1, metavar="N", help="train the students N times (1)")
+    add("--sources", type=Path, help="folder of .py files (the standard library)")
+    add(
+        "--objectives",
+        nargs="+",
+        default=OBJECTIVES,
+        metavar="NAME",
+        help=f"of ce, fkl, rkl, drkl:GAMMA ({' '.join(OBJECTIVES)})",
+    )
+    add("--temperature", type=float, default=1.0, help="of the distillation losses (%(default)s)")
+    add("--teacher-lr", type=float, default=1e-3, help="(%(default)s)")
+    add("--student-lr", type=float, default=2e-3, help="the same for every objective (%(default)s)")
+    for name, (full, quick, text) in SIZES.items():
+        default = f"({full}; with --quick {quick})"
+        add(f"--{name}", type=type(full), metavar="N", help=f"{text} {default}".strip())
+    add("--quick", action="store_true", help="tiny everything, to see that it works")
+    add("--fresh", action="store_true", help="forget what earlier runs left in the folder's cache")
+    args = parser.parse_args(argv)
+    for name, (full, quick, _) in SIZES.items():
+        if getattr(args, attribute(name)) is None:
+            setattr(args, attribute(name), quick if args.quick else full)
+    return args
+
+
+def check(args):
+    positive = [*SIZES, "seeds", "teacher-lr", "student-lr", "temperature"]
+    for name in positive + (["threads"] if args.threads is not None else []):
+        value = getattr(args, attribute(name))
+        if not 0 < value < math.inf:
+            raise InputError(f"--{name} must be positive, got {value}")
+    lowest = {
+        "vocab": (SMALLEST_VOCAB, "256 bytes and the end-of-text token"),
+        "context": (8, "a quarter of it is the prompt of a sample"),
+        "samples": (2, "self-BLEU compares the samples of a prompt"),
+        "seed": (0, ""),
+    }
+    for name, (least, why) in lowest.items():
+        value = getattr(args, name)
+        if value < least:
+            reason = f" ({why})" if why else ""
+            raise InputError(f"--{name} must be at least {least}{reason}, got {value}")
+    for who in ("teacher", "student"):
+        width, heads = getattr(args, f"{who}_width"), getattr(args, f"{who}_heads")
+        if width % (2 * heads):
+            raise InputError(
+                f"--{who}-width must be a multiple of twice --{who}-heads (rotary positions pair "
+                f"the dimensions of a head), got {width} and {heads}"
+            )
+    if len(set(args.objectives)) < len(args.objectives):
+        raise InputError(f"--objectives names one twice: {' '.join(args.objectives)}")
+    for name in args.objectives:
+        make_objective(name)
+
+
+def open_folder(out):
+    """The cache folder inside out, made and tried."""
+    folder = out / "cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out} ({error.strerror}); choose another folder with --out"
+        ) from None
+    return folder
+
+
+def open_device(name):
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # each kind of device fails in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f'cannot use --device "{name}": {reason} ("cpu" always works)') from None
+    return device
+
+
+def choose_dtype(name, device):
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # A private name, so ask with care. Where the instructions are missing, bfloat16 is slow.
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32

@@ -1,0 +1,305 @@
+"""Distil small language models on Python's own sources and compare the objectives.
+
+python examples/distill/run.py                 # about ten minutes on two CPU cores
+python examples/distill/run.py --seeds 3       # with intervals
+python examples/distill/run.py --quick         # seconds, to see that it works
+python examples/distill/run.py --device cuda   # with the Triton kernels
+"""
+
+import copy
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+try:
+    import cache
+    import options
+    import report
+    import torch
+    from data import InputError, held_out_windows, load_corpus
+    from evaluate import diversity, evaluate, sample, sample_nll
+    from model import ModelConfig, Transformer
+    from progress import progress, say
+    from train import Learner, TrainConfig, checkpoint_path, cross_entropy, make_objective, train
+
+    import drkl_triton
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}; at the repository's root say: make demo, or: pip install -e '.[examples]'")
+
+HERE = Path(__file__).resolve().parent
+
+
+class Demo:
+    """The stages. Each keeps its product in the cache and takes it from there the next time."""
+
+    def __init__(self, args):
+        options.check(args)
+        self.args = args
+        self.cache = options.open_folder(args.out)
+        if args.fresh:
+            for path in self.cache.glob("*.pt"):
+                path.unlink()
+        self.device = options.open_device(args.device)
+        self.dtype = options.choose_dtype(args.dtype, self.device)
+        torch.set_num_threads(args.threads or min(torch.get_num_threads(), 8))
+        self.seconds = {"students": 0.0, "measuring": 0.0}
+        # What the products depend on besides the settings.
+        code = [HERE / name for name in ("model.py", "train.py", "evaluate.py")]
+        package = Path(drkl_triton.__file__).parent.rglob("*.py")
+        self.where = [
+            cache.source_digest(code),
+            torch.__version__,
+            self.device.type,
+            str(self.dtype),
+        ]
+        self.package = [cache.source_digest(package), args.backend]
+
+    def run(self):
+        args = self.args
+        say("[1/4] data: reading the sources, training the tokenizer")
+        self.read_data()
+        say(f"[2/4] teacher: {args.teacher_steps} steps")
+        self.train_teacher()
+        say(f"[3/4] students: {args.student_steps} steps, {args.seeds} seed(s), all side by side")
+        teacher = {"teacher": self.teacher}
+        teacher_measured = self.measure_finally(teacher, args.seed, self.teacher_key)["teacher"]
+        seeds = [args.seed + i for i in range(args.seeds)]
+        runs = []
+        for seed in seeds:
+            models, history, key = self.train_students(seed)
+            runs.append((history, self.measure_finally(models, seed, key)))
+        say("[4/4] report")
+        objectives = {}
+        for name in args.objectives:
+            per_seed = [measured[name] for _, measured in runs]
+            objectives[name] = {
+                "label": make_objective(name)[0],
+                **report.summarise(per_seed),
+                "per_seed": per_seed,
+                "history": [history[name] for history, _ in runs],
+            }
+        students = {
+            "parameters": next(iter(models.values())).parameter_count(),
+            "objectives": objectives,
+        }
+        return self.collect(seeds, teacher_measured, students)
+
+    def read_data(self):
+        args, start = self.args, time.monotonic()
+        self.corpus = corpus = load_corpus(args.sources, self.cache, args.vocab, args.max_mb)
+        say(
+            f"  {len(corpus.train_files)} files, {len(corpus.train):,} tokens for training; "
+            f"{len(corpus.held_out_files)} files, {len(corpus.held_out):,} tokens held out; "
+            f"vocabulary {corpus.vocab:,}"
+        )
+        if len(corpus.train) < args.context:
+            raise InputError(
+                f"the training text has {len(corpus.train)} tokens, fewer than "
+                f"--context {args.context}; give more text or a smaller context"
+            )
+        self.windows, self.curve_windows, prompts = (
+            held_out_windows(corpus.held_out, count, args.context)
+            for count in (args.windows, args.curve_windows, args.prompts)
+        )
+        self.prompts = prompts[:, : args.context // 4].to(self.device)
+        self.seconds["data"] = time.monotonic() - start
+
+    def new_model(self, who, seed):
+        torch.manual_seed(seed)
+        shape = {n: getattr(self.args, f"{who}_{n}") for n in ("width", "layers", "heads")}
+        return Transformer(ModelConfig(vocab=self.corpus.vocab, **shape)).to(self.device)
+
+    def train_config(self, who):
+        args = self.args
+        steps, lr = getattr(args, f"{who}_steps"), getattr(args, f"{who}_lr")
+        return TrainConfig(steps, args.batch, args.context, lr, min(args.evaluations, steps))
+
+    def train(self, learners, who, **keywords):
+        models = {name: learner.model for name, learner in learners.items()}
+        return train(
+            learners,
+            self.corpus.train,
+            self.train_config(who),
+            device=self.device,
+            dtype=self.dtype,
+            evaluate=lambda: self.measure_curve(models),
+            **keywords,
+        )
+
+    def train_teacher(self):
+        args = self.args
+        self.teacher = teacher = self.new_model("teacher", args.seed)
+        config = [asdict(teacher.config), asdict(self.train_config("teacher"))]
+        self.teacher_key = [self.where, self.corpus.key, config, args.seed, args.curve_windows]
+        history, self.seconds["teacher"] = self.train(
+            {"teacher": Learner(teacher, cross_entropy)},
+            "teacher",
+            salt=f"teacher/{args.seed}",
+            path=checkpoint_path(self.cache, "teacher", self.teacher_key),
+            desc="teacher",
+        )
+        self.teacher_history = history["teacher"]
+        teacher.requires_grad_(False)
+
+    def train_students(self, seed):
+        """One initialisation and one order of batches for all objectives."""
+        args = self.args
+        initial = self.new_model("student", seed)
+        learners = {
+            name: Learner(
+                copy.deepcopy(initial), make_objective(name, args.temperature, args.backend)[1]
+            )
+            for name in args.objectives
+        }
+        config = [asdict(initial.config), asdict(self.train_config("student"))]
+        key = [self.teacher_key, config, args.objectives, args.temperature, self.package, seed]
+        history, seconds = self.train(
+            learners,
+            "student",
+            salt=f"students/{seed}",
+            path=checkpoint_path(self.cache, "students", key),
+            teacher=self.teacher,
+            desc=f"{len(learners)} students, seed {seed}",
+        )
+        self.seconds["students"] += seconds
+        return {name: learner.model for name, learner in learners.items()}, history, key
+
+    def measure(self, models, windows, desc=None):
+        return evaluate(
+            models,
+            self.teacher,
+            windows,
+            device=self.device,
+            backend=self.args.backend,
+            desc=desc,
+        )
+
+    def measure_curve(self, models):
+        results = self.measure(models, self.curve_windows)
+        for metrics in results.values():
+            del metrics["reliability"]
+        return results
+
+    def measure_finally(self, models, seed, key):
+        """{name: metrics on the held-out windows and of samples, some of them as "text"}"""
+        args, start = self.args, time.monotonic()
+        key = [key, self.package, args.windows, args.prompts, args.samples]
+        path = checkpoint_path(self.cache, "measured", key)
+        results = cache.load(path)
+        if results is not None:
+            return results
+        results = self.measure(models, self.windows, desc="evaluation")
+        decode = self.corpus.tokenizer.decode
+        with progress(len(models), "sampling") as bar:
+            for name, model in models.items():
+                samples = sample(model, self.prompts, args.samples, args.context // 2, seed)
+                results[name] |= diversity(samples)
+                results[name]["sample_nll"] = sample_nll(self.teacher, self.prompts, samples)
+                shown = samples[:2, :2].tolist()
+                results[name]["text"] = [[decode(one) for one in prompt] for prompt in shown]
+                bar.update()
+        cache.save(path, results)
+        self.seconds["measuring"] += time.monotonic() - start
+        return results
+
+    def collect(self, seeds, teacher_measured, students):
+        args, corpus = self.args, self.corpus
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        gpu = self.device.type == "cuda"
+        results = {
+            "settings": settings,
+            "training": {who: asdict(self.train_config(who)) for who in ("teacher", "student")},
+            "machine": {
+                "device": str(self.device),
+                "device_name": torch.cuda.get_device_name(self.device) if gpu else "cpu",
+                "threads": torch.get_num_threads(),
+                "dtype": str(self.dtype).removeprefix("torch."),
+            },
+            "versions": versions(),
+            "seeds": seeds,
+            "data": {
+                "train_files": len(corpus.train_files),
+                "train_tokens": len(corpus.train),
+                "held_out_files": len(corpus.held_out_files),
+                "held_out_tokens": len(corpus.held_out),
+                "evaluated_tokens": self.windows.shape[0] * (self.windows.shape[1] - 1),
+                "vocab": corpus.vocab,
+                "characters": corpus.characters,
+                "held_out_names": corpus.held_out_files,
+            },
+            "teacher": {
+                "parameters": self.teacher.parameter_count(),
+                "metrics": teacher_measured,
+                "history": self.teacher_history,
+            },
+            "students": students,
+            "seconds": self.seconds,
+        }
+        objectives = students["objectives"]
+        if len(seeds) > 1 and "rkl" in objectives and len(objectives) > 1:
+            differences = report.paired_differences(objectives, "rkl")
+            results["paired"] = {"baseline": "rkl", "differences": differences}
+        return results
+
+
+def versions():
+    found = {"python": platform.python_version(), "drkl_triton": drkl_triton.__version__}
+    for name in ("torch", "triton", "numpy", "tokenizers", "matplotlib", "tqdm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def as_json(value):
+    """Six significant digits; null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def write(results, demo):
+    out = demo.args.out
+    table = report.full_report(results)
+    prompts = [demo.corpus.tokenizer.decode(prompt) for prompt in demo.prompts[:2].tolist()]
+    texts = {
+        "results.json": json.dumps(as_json(results), indent=1, ensure_ascii=False),
+        "table.txt": table,
+        "samples.txt": report.sample_text(results, prompts),
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text + "\n", encoding="utf-8")
+    names = [*texts, *report.write_figures(results, out)]
+    sys.stdout.reconfigure(errors="replace")  # a terminal without γ shows "?", and no traceback
+    print(f"{table}\n\nWritten to {out}: {', '.join(names)}")
+
+
+def main(argv=None):
+    args = options.parse(__doc__, argv)
+    start = time.monotonic()
+    try:
+        demo = Demo(args)
+        results = demo.run()
+        results["seconds"]["this_run"] = time.monotonic() - start
+        write(results, demo)
+    except InputError as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("\ninterrupted; the same command goes on from what is done")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

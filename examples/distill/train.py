@@ -1,0 +1,213 @@
+"""One training loop for the teacher and for the students.
+
+The students learn side by side, so that the teacher runs once a batch for all of them.
+"""
+
+import math
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cache
+import torch
+import torch.nn.functional as F
+from data import InputError, training_batch
+from progress import progress
+
+from drkl_triton import drkl, reverse_kl
+
+CLIP_NORM = 1.0
+
+
+# An objective: f(student_logits [B, T, V], teacher_logits [B, T, V], tokens [B, T]) -> scalar,
+# the mean over the B (T - 1) predicted tokens.
+
+
+def cross_entropy(student_logits, _teacher_logits, tokens):
+    return F.cross_entropy(student_logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def forward_kl(student_logits, teacher_logits, temperature):
+    log_q = (student_logits[:, :-1].flatten(0, 1).float() / temperature).log_softmax(-1)
+    log_p = (teacher_logits[:, :-1].flatten(0, 1).float() / temperature).log_softmax(-1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def make_objective(name, temperature=1.0, backend="auto"):
+    """(label for the reader, function) from "ce", "fkl", "rkl" or "drkl:GAMMA"."""
+    options = {"temperature": temperature, "shift": True, "backend": backend}
+    kind, _, argument = name.partition(":")
+    if name == "ce":
+        return "cross-entropy", cross_entropy
+    if name == "fkl":
+        return "forward KL", lambda s, t, tokens: forward_kl(s, t, temperature)
+    if name == "rkl":
+        return "RKL", lambda s, t, tokens: reverse_kl(s, t, tokens, **options)
+    try:
+        gamma = float(argument) if kind == "drkl" else math.nan
+    except ValueError:
+        gamma = math.nan
+    if not 0 < gamma < math.inf:
+        raise InputError(
+            f'an objective is "ce", "fkl", "rkl" or "drkl:GAMMA" with GAMMA > 0, got "{name}"'
+        )
+    return f"DRKL γ={gamma:g}", lambda s, t, tokens: drkl(s, t, tokens, gamma=gamma, **options)
+
+
+@dataclass
+class Learner:
+    model: torch.nn.Module
+    objective: object
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch: int
+    context: int
+    lr: float
+    evaluations: int  # times the held-out text is looked at during training
+    weight_decay: float = 0.1
+    warmup: float = 0.05  # fraction of the steps
+    final_lr: float = 0.1  # fraction of lr, reached along a cosine
+
+    def lr_at(self, step):
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.lr * (
+            self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        )
+
+    def evaluation_steps(self):
+        return {
+            max(1, round(self.steps * (i + 1) / self.evaluations)) for i in range(self.evaluations)
+        }
+
+
+@contextmanager
+def deferred_interrupt():
+    """Ctrl-C sets the event, and the loop ends between two steps. A second one ends it now."""
+    requested = threading.Event()
+
+    def handle(_signal, _frame):
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # handlers are the main thread's alone
+        yield requested
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def train(
+    learners, tokens, config, *, salt, device, dtype, path, evaluate, teacher=None, desc="training"
+):
+    """Train every learner on the same batches, in place; return (history, seconds).
+
+    learners {name: Learner}; evaluate() -> {name: {metric: number}}. The state goes to path at
+    every evaluation and on Ctrl-C, and a call that finds it there goes on from it.
+
+    The history has for each name "loss" and "gradient_norm" (before clipping), one number a step,
+    and "held_out", one entry an evaluation.
+    """
+    optimizers = {
+        name: torch.optim.AdamW(
+            learner.model.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+        )
+        for name, learner in learners.items()
+    }
+    history = {name: {"loss": [], "gradient_norm": [], "held_out": []} for name in learners}
+    step, seconds = 0, 0.0
+    stored = cache.load(path)
+    if stored is not None:
+        step, seconds, history = stored["step"], stored["seconds"], stored["history"]
+        for name, learner in learners.items():
+            learner.model.load_state_dict(stored["models"][name])
+            if step < config.steps:
+                optimizers[name].load_state_dict(stored["optimizers"][name])
+    if step >= config.steps:
+        return history, seconds
+
+    start = time.monotonic()
+    pending = {name: {"loss": [], "gradient_norm": []} for name in learners}
+
+    def checkpoint():
+        for name, series in pending.items():
+            for (
+                key,
+                values,
+            ) in series.items():  # read back in one go: a .item() a step would stall a GPU
+                history[name][key] += torch.stack(values).tolist() if values else []
+                values.clear()
+        finished = step >= config.steps
+        state = {
+            "step": step,
+            "seconds": seconds + time.monotonic() - start,
+            "history": history,
+            "models": {name: learner.model.state_dict() for name, learner in learners.items()},
+            "optimizers": {} if finished else {n: o.state_dict() for n, o in optimizers.items()},
+        }
+        cache.save(path, state)
+
+    evaluation_steps = config.evaluation_steps()
+    with deferred_interrupt() as interrupted, progress(config.steps, desc, initial=step) as bar:
+        while step < config.steps:
+            batch = training_batch(tokens, config.batch, config.context, salt, step).to(device)
+            teacher_logits = None
+            if teacher is not None:
+                with torch.no_grad(), autocast(device, dtype):
+                    teacher_logits = teacher(batch)
+            for name, learner in learners.items():
+                with autocast(device, dtype):
+                    student_logits = learner.model(batch)
+                loss = learner.objective(student_logits, teacher_logits, batch)
+                optimizers[name].zero_grad(set_to_none=True)
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), CLIP_NORM)
+                for group in optimizers[name].param_groups:
+                    group["lr"] = config.lr_at(step)
+                optimizers[name].step()
+                pending[name]["loss"].append(loss.detach())
+                pending[name]["gradient_norm"].append(norm.detach())
+            step += 1
+            bar.update()
+            if step in evaluation_steps:
+                metrics = evaluate()
+                for name in learners:
+                    if not math.isfinite(metrics[name]["cross_entropy"]):
+                        raise InputError(
+                            f"{name} diverged by step {step}; try a smaller learning rate"
+                        )
+                    history[name]["held_out"].append({"step": step, **metrics[name]})
+                bar.set_postfix_str(
+                    "held-out CE "
+                    + " ".join(f"{metrics[n]['cross_entropy']:.3f}" for n in learners)
+                )
+                checkpoint()
+            if interrupted.is_set():
+                checkpoint()
+                raise KeyboardInterrupt
+    return history, seconds + time.monotonic() - start
+
+
+def checkpoint_path(folder, kind, *parts):
+    return Path(folder) / f"{kind}-{cache.digest(*parts)}.pt"

@@ -1,0 +1,72 @@
+"""The sums of one row: fold a tile into them, and merge them. One formula a helper.
+
+A state is six numbers for some set S of columns (k runs over S, x relative to the running maxima):
+
+    m_s = max s_k     d_s = sum 2^{scale (s_k - m_s)}     a = sum 2^{scale (s_k - m_s)} ((s_k - m_s) - (t_k - m_t))
+    m_t = max t_k     d_t = sum 2^{scale (t_k - m_t)}     h = sum 2^{scale (s_k - m_s)} (s_k - m_s)
+
+with scale = log2(e) / temperature, so that a and h are in units of raw logits; algebra.py divides them by the temperature. The
+empty state is m = FLOOR, everything else 0, where FLOOR is the lowest finite number of the accumulator: it is below every
+finite logit and, unlike -inf, it can be subtracted. States of disjoint sets merge in any order.
+
+A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the loop runs along VEC, inside one thread. The
+lanes are merged once, at the end of the row, so the loop over the vocabulary holds no barrier.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def empty_lanes(LANES: tl.constexpr, ACC: tl.constexpr):
+    """The empty state of every lane: (maximum, any sum), each [LANES]."""
+    # float32's own lowest number; -inf here would make (-inf) - (-inf) = NaN wherever a lane has seen nothing.
+    floor: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
+    return tl.full([LANES], floor, ACC), tl.zeros([LANES], ACC)
+
+
+@triton.jit
+def add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY: tl.constexpr):
+    """Fold the columns of the tiles s, t [LANES, VEC] into the lanes' state. A column is absent where both are -inf."""
+    new_s = tl.maximum(m_s, tl.max(s, axis=1))
+    new_t = tl.maximum(m_t, tl.max(t, axis=1))
+    d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY)
+    x = s - new_s[:, None]
+    z = t - new_t[:, None]
+    e = tl.exp2(x * scale)
+    d_s += tl.sum(e, axis=1)
+    d_t += tl.sum(tl.exp2(z * scale), axis=1)
+    # 0 * inf is NaN: a column the student leaves out is selected by its logit, before any product. Where the student's
+    # logit is finite and the teacher's is -inf, x - z = +inf makes `a` non-finite even if e has underflowed to 0.
+    absent = s == float("-inf")
+    a += tl.sum(e * tl.where(absent, 0.0, x - z), axis=1)
+    if ENTROPY:
+        h += tl.sum(e * tl.where(absent, 0.0, x), axis=1)
+    return new_s, d_s, a, h, new_t, d_t
+
+
+@triton.jit
+def move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY: tl.constexpr):
+    """The sums (d_s, a, h, d_t), taken relative to the maxima m, made relative to higher maxima."""
+    down_s = m_s - new_s
+    down_t = m_t - new_t
+    rescale = tl.exp2(down_s * scale)
+    # In an empty state down_s may be anything, even -inf: 0 * -inf would be NaN.
+    empty = d_s == 0.0
+    a = rescale * (a + d_s * tl.where(empty, 0.0, down_s - down_t))
+    if ENTROPY:
+        h = rescale * (h + d_s * tl.where(empty, 0.0, down_s))
+    return d_s * rescale, a, h, d_t * tl.exp2(down_t * scale)
+
+
+@triton.jit
+def merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY: tl.constexpr):
+    """Merge the states along axis 0."""
+    top_s = tl.max(m_s, axis=0)
+    top_t = tl.max(m_t, axis=0)
+    d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
+    d_s = tl.sum(d_s, axis=0)
+    d_t = tl.sum(d_t, axis=0)
+    return top_s, d_s, tl.sum(a, axis=0), tl.sum(h, axis=0), top_t, d_t

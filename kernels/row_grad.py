@@ -1,0 +1,130 @@
+"""Write the gradient of a row from its scalars: the one form that RKL's and DRKL's gradients share.
+
+    dstudent_k = 2^{scale (s_k - m_s) - log2d} (w1 ((s_k - m_s) - (t_k - m_t)) + w0)      k != label
+    dstudent_label = at_label
+
+scalars[0:7, row] = m_s, m_t, log2d, w1, w0, at_label, fill     (fill: the value where the student's logit is -inf: 0 or NaN)
+A row whose log2d is +inf has gradient 0 everywhere and is not read. Reads 2 N V elements and writes N V, each once.
+"""
+
+import triton
+import triton.language as tl
+
+from . import launch, tuning
+from .online_softmax import LOG2E
+from .row_sums import load_pair
+from .row_walk import (
+    body_pointer,
+    cut_row,
+    end_columns,
+    label_vector,
+    row_pointer,
+    split_tiles,
+    tile_offsets,
+    vector_mask,
+)
+
+SCALARS = 7
+
+
+@triton.jit
+def gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill):
+    x = s - m_s
+    e = tl.exp2(x * scale - log2d)
+    # The student leaves the column out: 0, whatever the teacher says (0 * inf would be NaN).
+    return tl.where(s == float("-inf"), fill, e * (w1 * (x - (t - m_t)) + w0))
+
+
+@triton.jit
+def store_zeros(row_ptr, head, body, V, LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr,
+                ALIGNED: tl.constexpr):  # fmt: skip
+    """Zero this program's share of a row."""
+    ptr = body_pointer(row_ptr, head, ALIGNED)
+    zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
+    first, last, is_end = split_tiles(body, LANES, SPLITS)
+    for i in range(first, last):
+        tl.store(ptr + tile_offsets(i, LANES, VEC), zeros)
+    if is_end:
+        tile = body // LANES
+        tl.store(ptr + tile_offsets(tile, LANES, VEC), zeros, mask=vector_mask(tile, body, -1, LANES, VEC))
+        cols, mask = end_columns(head, body, -1, V, LANES, VEC)
+        tl.store(row_ptr + cols, zeros, mask=mask)
+
+
+@triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
+def row_grad_kernel(
+    student_ptr, teacher_ptr, label_ptr, scale_ptr, scalars_ptr, dstudent_ptr,
+    stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64, stride_d: tl.int64,
+    inner_s, inner_t, V,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
+    ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+):  # fmt: skip
+    # Invariant: every column below V is written by exactly one program, once.
+    row = tl.program_id(0).to(tl.int64)
+    N = tl.num_programs(0).to(tl.int64)
+    scalars_ptr += row
+    log2d = tl.load(scalars_ptr + 2 * N)
+    d_row = dstudent_ptr + row * stride_d
+    OUT: tl.constexpr = dstudent_ptr.dtype.element_ty
+    head, body = cut_row(d_row, V, VEC, ALIGNED)
+    if log2d == float("inf"):
+        store_zeros(d_row, head, body, V, LANES, VEC, SPLITS, ALIGNED)
+    else:
+        m_s = tl.load(scalars_ptr)
+        m_t = tl.load(scalars_ptr + N)
+        w1 = tl.load(scalars_ptr + 3 * N)
+        w0 = tl.load(scalars_ptr + 4 * N)
+        fill = tl.load(scalars_ptr + 6 * N)
+        label = tl.load(label_ptr + row).to(tl.int32)
+        scale = tl.load(scale_ptr).to(ACC) * LOG2E
+        s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
+        t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
+        s_body = body_pointer(s_row, head, ALIGNED)
+        t_body = body_pointer(t_row, head, ALIGNED)
+        d_body = body_pointer(d_row, head, ALIGNED)
+        skip = label_vector(label, head, body, VEC)
+        first, last, is_end = split_tiles(body, LANES, SPLITS)
+        mine = (skip >= first * LANES) & (skip < last * LANES)
+        label_tile = tl.where(mine, skip // LANES, last)
+
+        for i in range(first, last - mine.to(tl.int32)):
+            offs = tile_offsets(i + (i >= label_tile).to(tl.int32), LANES, VEC)
+            s, t = load_pair(s_body, t_body, offs, None, ACC, TEACHER_SUPPORT)
+            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
+            tl.store(d_body + offs, g.to(OUT))
+        if mine:
+            mask = vector_mask(label_tile, body, skip, LANES, VEC)
+            offs = tile_offsets(label_tile, LANES, VEC)
+            s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
+            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
+            tl.store(d_body + offs, g.to(OUT), mask=mask)
+        if is_end:
+            mask = vector_mask(body // LANES, body, skip, LANES, VEC)
+            offs = tile_offsets(body // LANES, LANES, VEC)
+            s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
+            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
+            tl.store(d_body + offs, g.to(OUT), mask=mask)
+            cols, mask = end_columns(head, body, skip, V, LANES, VEC)
+            s, t = load_pair(s_row, t_row, cols, mask, ACC, TEACHER_SUPPORT)
+            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
+            g = tl.where(cols == label, tl.load(scalars_ptr + 5 * N), g)
+            tl.store(d_row + cols, g.to(OUT), mask=mask)
+
+
+def row_grad(student, teacher, label, inv_temperature, scalars, V, *, teacher_support=False, splits=None):
+    """Launch the gradient. student, teacher: rows; scalars [7, N]. Returns [N, columns of student] in the student's dtype."""
+    N, columns = label.numel(), student.tensor.shape[-1]
+    dstudent = launch.new_output((N, columns), student.tensor.dtype, label.device)
+    if N == 0:
+        return dstudent
+    dstudent[:, V:].zero_()  # truncated columns
+    tile = tuning.choose(V, student, teacher, rows=N, splits=splits)
+    aligned = launch.equally_aligned(student, teacher, student.like(dstudent))
+    with launch.on_device(label.device):
+        row_grad_kernel[(N, tile.splits)](
+            student.tensor, teacher.tensor, label, inv_temperature, scalars, dstudent,
+            *student.strides, *teacher.strides, columns, student.inner, teacher.inner, V,
+            LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, num_warps=tile.num_warps,
+            ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned, TEACHER_SUPPORT=teacher_support,
+        )  # fmt: skip
+    return dstudent
