@@ -31,7 +31,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt drkl_triton/_version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer, got %d.%d; set PYTHON=" % sys.version_info[:2])'
 	@echo "Installing into $(VENV), with the versions in constraints.txt"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) setuptools | $(TERSE)
+	@$(PIP) --quiet setuptools
 	@$(PIP) --no-build-isolation -e '.[test,bench,examples,dev]' | $(TERSE)
 	@touch $@
 	@echo "  done"

@@ -65,28 +65,28 @@ def split(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float |
     rest = torch.arange(s.shape[-1], device=s.device) != y
     u, log_q_rest = _log_odds(s, y, rest, temperature)
     v, log_p_rest = _log_odds(t, y, rest, temperature)
-    target = _times(torch.sigmoid(u), logsigmoid(u) - logsigmoid(v), u != -INF)
-    target = target + _times(torch.sigmoid(-u), logsigmoid(-u) - logsigmoid(-v), u != INF)
+    target = _times(_sigmoid(u), logsigmoid(u) - logsigmoid(v), u != -INF)
+    target = target + _times(_sigmoid(-u), logsigmoid(-u) - logsigmoid(-v), u != INF)
     return target, _kl(log_q_rest, log_p_rest), u
+
+
+def _sigmoid(u: Tensor) -> Tensor:
+    """torch.sigmoid differentiates to y (1 - y), which is 0 from u = 37 on in float64; this keeps exp(-u)."""
+    return logsigmoid(u).exp()
 
 
 def _log_odds(x: Tensor, y: Tensor, rest: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """(x_y - logsumexp of the rest, log-probabilities of the rest among themselves, -inf at the label)."""
     others = torch.where(rest, x, -INF)
     z = _relative(others, temperature)
-    lse = _logsumexp(z)
+    # with nothing but the label the log-odds are +inf, a constant
+    alone = (z == -INF).all(-1, keepdim=True)
+    z = torch.where(alone, 0.0, z)
     top = others.detach().amax(-1, keepdim=True)
     x_y = (x.gather(-1, y) - torch.where(top == -INF, 0.0, top)) / temperature
-    # with nothing but the label the log-odds are +inf, a constant
-    alone = lse == -INF
-    u = torch.where(alone, INF, x_y - torch.where(alone, 0.0, lse))
-    return u[..., 0], z - torch.where(alone, 0.0, lse)
-
-
-def _logsumexp(z: Tensor) -> Tensor:
-    """logsumexp over the last dimension whose gradient is 0, not NaN, where everything is -inf."""
-    nothing = (z == -INF).all(-1, keepdim=True)
-    return torch.where(nothing, -INF, torch.logsumexp(torch.where(nothing, 0.0, z), -1, keepdim=True))
+    u = torch.where(alone, INF, x_y - torch.logsumexp(z, -1, keepdim=True))
+    # log_softmax, not z - logsumexp(z): sharing the node would add the two parts' gradients before the large terms cancel
+    return u[..., 0], torch.where(alone, -INF, torch.log_softmax(z, -1))
 
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _divergence(
     target, nontarget, u = split(s_row, t_row, torch.where(has_label, y, 0), temperature)
     loss = _kl(log_softmax(s_row, temperature=temperature), log_softmax(t_row, temperature=temperature))
     if labels is not None:
-        weight_of_rest = torch.sigmoid(-u) if gamma is None else gamma
+        weight_of_rest = _sigmoid(-u) if gamma is None else gamma
         loss = torch.where(has_label, target + weight_of_rest * nontarget, loss)
     loss = torch.where(is_nan, 0.0, torch.where(is_inf, INF, loss))
     # a NaN row's gradient is NaN in every column; the other rows meet a product of zeros

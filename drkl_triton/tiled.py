@@ -20,13 +20,18 @@ INF = float("inf")
 LN2 = 0.6931471805599453
 
 
+def new_output(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory. The tests replace this function to fill it with NaN first."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class _Scratch:
     """Three buffers of TILE elements, handed out as [rows, columns]."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, columns: int):
         self.columns = min(columns, TILE)
         self.rows = max(1, min(TILE_ROWS, TILE // max(1, self.columns)))
-        self._buffers = torch.empty(3, self.rows * self.columns, dtype=dtype, device=device)
+        self._buffers = new_output((3, self.rows * self.columns), dtype, device)
 
     def tiles(self, rows: int, columns: int):
         return [b[: rows * columns].view(rows, columns) for b in self._buffers]
@@ -136,7 +141,7 @@ def row_grad(
 ) -> Tensor:
     """The gradient [N, columns of the student] from the table of scalars (kernels/row_grad.py)."""
     N, columns, acc = label.numel(), student.tensor.shape[-1], inv_temperature.dtype
-    out = torch.empty(N, columns, dtype=student.tensor.dtype, device=label.device)
+    out = new_output((N, columns), student.tensor.dtype, label.device)
     out[:, V:].zero_()
     scratch = _Scratch(acc, label.device, V)
     m_s, m_t, log2d, w1, w0, at_label, fill = scalars[:, :, None].unbind(0)
@@ -174,8 +179,8 @@ def row_grad(
 def softmax_forward(logits: Rows, inv_temperature: Tensor, N: int, *, log: bool = False) -> tuple[Tensor, Tensor]:
     """(output [N, V], state [2, N]) (kernels/softmax.py)."""
     V, acc, device = logits.tensor.shape[-1], inv_temperature.dtype, logits.tensor.device
-    y = torch.empty(N, V, dtype=logits.tensor.dtype, device=device)
-    state = torch.empty(2, N, dtype=acc, device=device)
+    y = new_output((N, V), logits.tensor.dtype, device)
+    state = new_output((2, N), acc, device)
     scratch = _Scratch(acc, device, V)
     floor = torch.finfo(acc).min
     for i, j in _slabs(N, scratch.rows, logits):
@@ -201,7 +206,7 @@ def _exponents(logits: Rows, i, j, c, e, m, inv_temperature, scratch):
 def softmax_backward(logits: Rows, grad: Rows, inv_temperature: Tensor, state: Tensor, *, log: bool = False) -> Tensor:
     """The gradient [N, V] in the logits' dtype (kernels/softmax.py)."""
     V, N, device = logits.tensor.shape[-1], state.shape[-1], state.device
-    dx = torch.empty(N, V, dtype=logits.tensor.dtype, device=device)
+    dx = new_output((N, V), logits.tensor.dtype, device)
     scratch = _Scratch(state.dtype, device, V)
     m, log_d = state[0, :, None], state[1, :, None] * LN2
     for i, j in _slabs(N, scratch.rows, logits, grad):

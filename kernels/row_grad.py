@@ -36,6 +36,15 @@ def gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill):
 
 
 @triton.jit
+def to_output(g, OUT: tl.constexpr):
+    # float64 straight to bfloat16 is not a conversion every target (or the interpreter) has right
+    if g.dtype == tl.float64:
+        if OUT != tl.float64:
+            g = g.to(tl.float32)
+    return g.to(OUT)
+
+
+@triton.jit
 def store_zeros(row_ptr, head, body, V, LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr,
                 ALIGNED: tl.constexpr):  # fmt: skip
     """Zero this program's share of a row."""
@@ -91,24 +100,24 @@ def row_grad_kernel(
             offs = tile_offsets(i + (i >= label_tile).to(tl.int32), LANES, VEC)
             s, t = load_pair(s_body, t_body, offs, None, ACC, TEACHER_SUPPORT)
             g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            tl.store(d_body + offs, g.to(OUT))
+            tl.store(d_body + offs, to_output(g, OUT))
         if mine:
             mask = vector_mask(label_tile, body, skip, LANES, VEC)
             offs = tile_offsets(label_tile, LANES, VEC)
             s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
             g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            tl.store(d_body + offs, g.to(OUT), mask=mask)
+            tl.store(d_body + offs, to_output(g, OUT), mask=mask)
         if is_end:
             mask = vector_mask(body // LANES, body, skip, LANES, VEC)
             offs = tile_offsets(body // LANES, LANES, VEC)
             s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
             g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            tl.store(d_body + offs, g.to(OUT), mask=mask)
+            tl.store(d_body + offs, to_output(g, OUT), mask=mask)
             cols, mask = end_columns(head, body, skip, V, LANES, VEC)
             s, t = load_pair(s_row, t_row, cols, mask, ACC, TEACHER_SUPPORT)
             g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
             g = tl.where(cols == label, tl.load(scalars_ptr + 5 * N), g)
-            tl.store(d_row + cols, g.to(OUT), mask=mask)
+            tl.store(d_row + cols, to_output(g, OUT), mask=mask)
 
 
 def row_grad(student, teacher, label, inv_temperature, scalars, V, *, teacher_support=False, splits=None):

@@ -132,10 +132,12 @@ def sample(model, prompts, per_prompt, length, seed):
     generator = torch.Generator(device=prompts.device).manual_seed(seed)
     caches = [{} for _ in model.blocks]
     tokens = prompts.repeat_interleave(per_prompt, 0)
+    last = model.config.vocab - 1
     new = []
     for _ in range(length):
-        probabilities = model(tokens, caches)[:, -1].float().softmax(-1)
-        tokens = torch.multinomial(probabilities, 1, generator=generator)
+        total = model(tokens, caches)[:, -1].double().softmax(-1).cumsum(-1)
+        u = torch.rand(len(total), 1, generator=generator, dtype=total.dtype, device=total.device)
+        tokens = torch.searchsorted(total, u * total[:, -1:], right=True).clamp_max(last)
         new.append(tokens)
     return torch.cat(new, 1).view(len(prompts), per_prompt, length)
 
@@ -163,7 +165,7 @@ def distinct(sequences, n=2):
 
 
 def bleu(hypothesis, references, order=BLEU_ORDER):
-    """Sentence BLEU: brevity penalty × geometric mean of the clipped n-gram precisions, n = 1..order.
+    """Sentence BLEU: brevity penalty × geometric mean of clipped n-gram precisions, n = 1..order.
 
     Smoothing ("method 1" of Chen and Cherry, 2014): a numerator of 0 becomes 0.1; with no common
     token at all the score is 0. The brevity penalty takes the reference length closest to the
@@ -185,13 +187,13 @@ def bleu(hypothesis, references, order=BLEU_ORDER):
 
 
 def self_bleu(sequences):
-    """Mean BLEU of each sequence against all others (Zhu et al., 2018); 1: all the same."""
+    """Mean BLEU of each sequence against all others (Zhu et al., 2018); 1 if all are the same."""
     scores = [bleu(s, sequences[:i] + sequences[i + 1 :]) for i, s in enumerate(sequences)]
     return sum(scores) / len(scores)
 
 
 def diversity(samples):
-    """Distinct-2 and self-BLEU among each prompt's samples [P, per_prompt, T], mean over prompts."""
+    """Distinct-2 and self-BLEU among each prompt's samples [P, S, T], mean over the prompts."""
     groups = samples.tolist()
     return {
         "distinct_2": sum(map(distinct, groups)) / len(groups),

@@ -191,8 +191,13 @@ def sample_text(results, prompts):
 
 
 def styles(objectives):
+    """Later lines are thinner, so that one that coincides with an earlier one leaves it visible."""
     return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linewidth": max(1.0, 3.0 - 0.5 * i),
+        }
         for i, name in enumerate(objectives)
     }
 
@@ -210,7 +215,7 @@ def mean_over_seeds(histories, key):
 
 def finish(figure, path, handles=None):
     if handles is not None:
-        figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False)
+        figure.legend(*handles, loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -241,7 +246,7 @@ def plot_training(results, path):
     objectives = results["students"]["objectives"]
     for name, style in styles(objectives).items():
         xs, ys = smooth(mean_over_seeds(objectives[name]["history"], "loss"))
-        right.plot(xs, ys, label=objectives[name]["label"], markevery=0.1, ms=5, **style)
+        right.plot(xs, ys, label=objectives[name]["label"], markevery=6, ms=5, **style)
     right.set_yscale("log")
     panel(
         right,

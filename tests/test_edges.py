@@ -1,0 +1,201 @@
+"""-inf, NaN and +inf: the table of DESIGN's edges, value and gradient, by hand and against the reference."""
+
+import math
+
+import pytest
+import torch
+from bounds import INF, excess, run
+
+import drkl_triton
+from drkl_triton import reference
+
+NAN = float("nan")
+LOSSES = [("reverse_kl", False), ("reverse_kl", True), ("drkl", True)]
+over_losses = pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+
+
+def one(name, labelled, s, t, y, backend, **options):
+    """(loss, gradient row) of a single row."""
+    function = getattr(reference if backend == "reference" else drkl_triton, name)
+    if backend != "reference":
+        options["backend"] = backend
+    s, t = torch.as_tensor([s]), torch.as_tensor([t])
+    loss, grad = run(
+        function, s, t, torch.tensor([y]) if labelled else None, torch.tensor([1.5]), **options
+    )
+    return loss[0].item(), grad[0]
+
+
+@pytest.fixture(params=["tiled", "triton", "reference"])
+def implementation(request):
+    return request.param
+
+
+S, T = [0.3, -1.0, 2.0, 0.7, 0.1], [1.3, 0.0, -0.4, 0.2, 0.9]
+
+
+def without(row, *columns):
+    return [-INF if k in columns else x for k, x in enumerate(row)]
+
+
+@over_losses
+@pytest.mark.parametrize("y", [0, 2])
+def test_columns_out_of_both_or_out_of_the_student_are_as_if_absent(
+    name, labelled, y, implementation
+):
+    keep = [0, 2, 3]
+    s, t = [S[k] for k in keep], [T[k] for k in keep]
+    small, dsmall = one(name, labelled, s, t, keep.index(y), implementation)
+    loss, grad = one(name, labelled, without(S, 1, 4), without(T, 1, 4), y, implementation)
+    assert loss == pytest.approx(small, rel=1e-6)
+    torch.testing.assert_close(grad[keep], dsmall)
+    assert (grad[[1, 4]] == 0).all()
+    # the student alone: the teacher's mass there still counts in its normaliser
+    loss, grad = one(name, labelled, without(S, 1, 4), T, y, implementation)
+    assert math.isfinite(loss) and loss > small
+    assert (grad[[1, 4]] == 0).all() and grad.isfinite().all()
+
+
+@over_losses
+@pytest.mark.parametrize("column", [1, 2])  # 2 is the label
+@pytest.mark.parametrize(
+    "logit", [-1.0, -200.0]
+)  # -200: the student's mass underflows, its logit is finite all the same
+def test_teacher_excludes_what_the_student_allows(name, labelled, column, logit, implementation):
+    s = list(S)
+    s[column] = logit
+    loss, grad = one(name, labelled, s, without(T, column), 2, implementation)
+    assert loss == INF
+    assert (grad == 0).all()
+
+
+def test_student_excludes_the_label(implementation):
+    p_y = torch.tensor(T).softmax(0)[2].item()
+    keep = [0, 1, 3, 4]
+    log_q, log_p = (torch.tensor([x[k] for k in keep]).log_softmax(0) for x in (S, T))
+    n = (log_q.exp() * (log_q - log_p)).sum().item()
+    loss, grad = one("drkl", True, without(S, 2), T, 2, implementation, gamma=0.25)
+    assert loss == pytest.approx(-math.log(1 - p_y) + 0.25 * n, rel=1e-5)
+    assert grad[2] == 0 and (grad[keep] != 0).all()
+    loss, grad = one("reverse_kl", True, without(S, 2), T, 2, implementation)
+    assert loss == pytest.approx(-math.log(1 - p_y) + n, rel=1e-5)
+
+
+@over_losses
+def test_student_finite_at_the_label_only(name, labelled, implementation):
+    p_y = torch.tensor(T).softmax(0)[2].item()
+    loss, grad = one(name, labelled, without(S, 0, 1, 3, 4), T, 2, implementation)
+    assert loss == pytest.approx(-math.log(p_y), rel=1e-5)
+    assert (grad == 0).all()
+    loss, grad = one(
+        name, labelled, without(S, 0, 1, 3, 4), without(T, 0, 1, 3, 4), 2, implementation
+    )
+    assert loss == 0 and (grad == 0).all()
+
+
+@over_losses
+def test_one_column(name, labelled, implementation):
+    loss, grad = one(name, labelled, [3.0], [-2.0], 0, implementation)
+    assert loss == 0 and (grad == 0).all()
+
+
+NOTHING = [-INF] * 5
+BROKEN = {
+    "student-nan": ([0.3, NAN, 2.0, 0.7, 0.1], T),
+    "student-nan-at-label": ([0.3, 1.0, NAN, 0.7, 0.1], T),
+    "teacher-nan": (S, [0.3, NAN, 2.0, 0.7, 0.1]),
+    "teacher-nan-at-label": (S, [0.3, 1.0, NAN, 0.7, 0.1]),
+    "student-inf": ([0.3, INF, 2.0, 0.7, 0.1], T),
+    "student-inf-at-label": ([0.3, 1.0, INF, 0.7, 0.1], T),
+    "teacher-inf": (S, [0.3, INF, 2.0, 0.7, 0.1]),
+    "teacher-inf-at-label": (S, [0.3, 1.0, INF, 0.7, 0.1]),
+    "student-nothing": (NOTHING, T),
+    "teacher-nothing": (S, NOTHING),
+    "both-nothing": (NOTHING, NOTHING),
+    "nan-outranks-inf": ([0.3, NAN, 2.0, 0.7, 0.1], without(T, 3)),
+    "teacher-nan-where-student-is-out": (without(S, 1), [0.3, NAN, 2.0, 0.7, 0.1]),
+    "nan-beside-minus-inf": ([0.3, NAN, 2.0, -INF, 0.1], without(T, 3)),
+    "label-only-and-teacher-nan": (without(S, 0, 1, 3, 4), [0.3, NAN, 2.0, 0.7, 0.1]),
+}
+
+
+@over_losses
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_rows_are_nan_and_only_they(name, labelled, case, implementation):
+    s, t = BROKEN[case]
+    loss, grad = one(name, labelled, s, t, 2, implementation)
+    assert math.isnan(loss)
+    assert grad.isnan().all()
+
+    function = getattr(reference if implementation == "reference" else drkl_triton, name)
+    options = {} if implementation == "reference" else {"backend": implementation}
+    labels = torch.tensor([2, 2, 2]) if labelled else None
+    upstream = torch.tensor([0.5, -1.0, 2.0])
+    loss, grad = run(
+        function, torch.tensor([S, s, S]), torch.tensor([T, t, T]), labels, upstream, **options
+    )
+    clean, dclean = run(
+        function, torch.tensor([S, S, S]), torch.tensor([T, T, T]), labels, upstream, **options
+    )
+    assert loss[1].isnan() and grad[1].isnan().all()
+    assert torch.equal(loss[::2], clean[::2]) and torch.equal(grad[::2], dclean[::2])
+
+
+LONG = 4500  # two full tiles of bfloat16 and a rest; four of float32
+REGIONS = {
+    "first-tile": slice(0, 2048),
+    "first-tile-and-more": slice(0, 2300),
+    "last": slice(4100, None),
+    "scattered": slice(3, None, 5),
+}
+
+
+@over_losses
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("who", ["both", "student", "teacher", "both-but-label"])
+def test_masked_regions_of_long_rows(name, labelled, region, who, backend):
+    s, t, upstream = torch.randn(4, LONG), torch.randn(4, LONG), torch.randn(4)
+    labels = (
+        torch.tensor([2305, 2500, 2900, 4000])
+        if who != "both-but-label"
+        else torch.tensor([3, 2043, 13, 4103])
+    )
+    at_label = [x.gather(1, labels[:, None]) for x in (s, t)]
+    if who != "teacher":
+        s[:, REGIONS[region]] = -INF
+    if who != "student":
+        t[:, REGIONS[region]] = -INF
+    if who == "both-but-label":
+        s.scatter_(1, labels[:, None], at_label[0])
+        t.scatter_(1, labels[:, None], at_label[1])
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = s.to(dtype), t.to(dtype)
+        assert max(excess(name, x, y, labels if labelled else None, upstream, backend=backend)) <= 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_softmax_edges(name, implementation):
+    module, options = (
+        (reference, {})
+        if implementation == "reference"
+        else (drkl_triton, {"backend": implementation})
+    )
+    function = getattr(module, name)
+    x = torch.tensor([without(S, 1), NOTHING, [1.0, INF, 0.0, 0.0, 0.0], [NAN, 0.0, 0.0, 0.0, 0.0]])
+    y = function(x, **options)
+    torch.testing.assert_close(y[0], getattr(torch, name)(x[0], -1))
+    assert y[1:].isnan().all()
+    big = torch.tensor([[-3e38, 3e38, -INF]])  # the difference overflows
+    expected = [[0.0, 1.0, 0.0]] if name == "softmax" else [[-INF, 0.0, -INF]]
+    assert function(big, **options).tolist() == expected
+
+
+def test_finite_extremes_do_not_turn_into_nan(backend):
+    """Masks are often written with finfo.min instead of -inf."""
+    low = torch.finfo(torch.float32).min
+    s, t = torch.randn(2, 700), torch.randn(2, 700)
+    s[:, ::3], t[:, ::3] = low, low
+    assert max(excess("drkl", s, t, torch.tensor([1, 4]), torch.randn(2), backend=backend)) <= 1
+    s[0], t[0] = low, low  # a row that is masked as a whole is flat
+    loss, grad = run(drkl_triton.reverse_kl, s, t, None, torch.ones(2), backend=backend)
+    assert loss[0] == 0 and (grad[0] == 0).all()

@@ -1,0 +1,151 @@
+"""The walk over a row: splits, alignment, strides. Triton's interpreter, and the tiled backend where it applies."""
+
+import pytest
+import torch
+from bounds import excess
+
+import drkl_triton
+from drkl_triton import algebra, kernels, tiled
+from drkl_triton._layout import rows_of
+
+ONE = torch.ones(())
+
+
+def sums_of(s, t, label, V=None, splits=None, **flags):
+    return kernels.row_sums(
+        rows_of(s), rows_of(t), label, ONE, V or s.shape[-1], splits=splits, **flags
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("V", [700, 4097, 9001])  # fewer tiles than splits, about as many, more
+def test_splits_do_not_change_the_sums(V, splits):
+    s, t = torch.randn(5, V) * 4, torch.randn(5, V) * 4
+    label = torch.tensor([0, V - 1, V // 2, algebra.NO_LABEL, algebra.IGNORED])
+    ours = sums_of(s, t, label, splits=splits, entropy=True)
+    truth = tiled.row_sums(
+        rows_of(s.double()), rows_of(t.double()), label, ONE.double(), V, entropy=True
+    )
+    assert (ours[[1, 2, 3, 5], 4] == 0).all()
+    assert torch.equal(ours[6:, :3], truth[6:, :3].float())  # the label's logits are copied
+    torch.testing.assert_close(ours[:6, :4], truth[:6, :4].float(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_splits_do_not_change_the_gradient(splits):
+    V = 9001
+    s, t, label = (
+        torch.randn(4, V),
+        torch.randn(4, V),
+        torch.tensor([0, V - 1, 4500, algebra.IGNORED]),
+    )
+    sums = sums_of(s, t, label)
+    table = algebra.gradient_scalars(sums, label, ONE, torch.tensor(0.5), True, torch.randn(4))
+    grads = [
+        f(rows_of(s), rows_of(t), label, ONE, table, V) for f in (kernels.row_grad, tiled.row_grad)
+    ]
+    grads.append(kernels.row_grad(rows_of(s), rows_of(t), label, ONE, table, V, splits=splits))
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("log", [False, True])
+def test_splits_do_not_change_softmax(log, splits):
+    x, g = torch.randn(3, 9001), torch.randn(3, 9001)
+    y, state = kernels.softmax_forward(rows_of(x), ONE, 3, log=log, splits=splits)
+    z, tiled_state = tiled.softmax_forward(rows_of(x), ONE, 3, log=log)
+    torch.testing.assert_close(y, z, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(state, tiled_state)
+    dx = kernels.softmax_backward(rows_of(x), rows_of(g), ONE, state, log=log, splits=splits)
+    torch.testing.assert_close(
+        dx, tiled.softmax_backward(rows_of(x), rows_of(g), ONE, state, log=log)
+    )
+
+
+def test_merged_sums_are_the_sums_of_the_whole():
+    """algebra.merge, in any order, also with a part that holds nothing."""
+    s, t = torch.randn(3, 90).double(), torch.randn(3, 90).double()
+    s[0, :30] = t[0, :30] = -float("inf")
+    label = torch.tensor([algebra.NO_LABEL] * 3)
+    cut = lambda a, b: tiled.row_sums(
+        rows_of(s[:, a:b]), rows_of(t[:, a:b]), label, ONE.double(), b - a, entropy=True
+    )  # noqa: E731
+    parts = [cut(0, 30), cut(30, 31), cut(31, 90)]
+    whole = cut(0, 90)
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        merged = parts[order[0]]
+        for k in order[1:]:
+            merged = algebra.merge(merged, parts[k], ONE.double())
+        torch.testing.assert_close(merged, whole, rtol=1e-13, atol=1e-13)
+
+
+def offset(x, columns):
+    """The same values in memory whose rows start ``columns`` elements later and lie that much further apart."""
+    room = torch.full((*x.shape[:-1], x.shape[-1] + columns), float("nan"), dtype=x.dtype)
+    room[..., columns:] = x
+    return room[..., columns:]
+
+
+@pytest.mark.parametrize("student", [0, 3, 8])  # elements; 8 of bfloat16 are 16 bytes
+@pytest.mark.parametrize("teacher", [0, 1, 3])
+@pytest.mark.parametrize("V", [5, 64, 2051])
+def test_rows_may_start_anywhere(V, student, teacher, backend):
+    s, t = torch.randn(6, V).bfloat16(), torch.randn(6, V).bfloat16()
+    y = torch.randint(V, (6,))
+    strided = offset(s, student), offset(t, teacher)
+    assert max(excess("drkl", *strided, y, torch.randn(6), backend=backend)) <= 1
+
+
+@pytest.mark.parametrize("y", range(0, 45, 4))
+def test_the_label_may_be_anywhere(y, backend):
+    """Head, first and last vector of the body, tail: 45 columns from an odd address."""
+    s, t = (offset(torch.randn(2, 45).bfloat16(), 3) for _ in range(2))
+    assert (
+        max(excess("drkl", s, t, torch.tensor([y, 44 - y]), torch.randn(2), backend=backend)) <= 1
+    )
+
+
+B, L, V = 3, 4, 70
+VIEWS = {
+    "slice-of-time": lambda x: x[:, :-1],
+    "every-other": lambda x: x[::2, ::2],
+    "transposed": lambda x: x.transpose(0, 1),
+    "slice-of-vocabulary": lambda x: x[..., 5:67],
+    "expanded": lambda x: x[:1].expand(5, -1, -1),
+    "expanded-time": lambda x: x[:, :1].expand(-1, 6, -1),
+    "flipped-batch": lambda x: x.flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_read_in_place(view, backend, monkeypatch):
+    base = torch.randn(2, B, L, V)
+    s, t = VIEWS[view](base[0]), VIEWS[view](base[1])
+    for x in (s, t):
+        assert rows_of(x).tensor is x  # neither contiguous() nor reshape()
+    y = torch.randint(s.shape[-1], s.shape[:-1])
+    upstream = torch.randn(s.shape[:-1])
+    assert max(excess("drkl", s, t, y, upstream, backend=backend)) <= 1
+    # one side strided, the other not
+    assert max(excess("drkl", s, t.contiguous(), y, upstream, backend=backend)) <= 1
+
+
+def test_what_cannot_be_read_in_place_is_copied_and_right(backend):
+    wide = torch.randn(2, 3, 4, 5, 70)
+    for x in (wide[..., ::2], wide.permute(3, 1, 0, 2, 4)[::2, ::2, :, ::3]):
+        assert rows_of(x).tensor is not x
+        y = torch.randint(x.shape[-1], x.shape[:-1])
+        t = torch.randn(x.shape)
+        assert max(excess("drkl", x, t, y, torch.randn(x.shape[:-1]), backend=backend)) <= 1
+
+
+def test_long_rows_are_walked_in_tiles(monkeypatch):
+    """The tiled backend with tiles far smaller than a row: its sums merge."""
+    monkeypatch.setattr(tiled, "TILE", 64)
+    s, t, y = torch.randn(5, 1000) * 3, torch.randn(5, 1000) * 3, torch.randint(1000, (5,))
+    s[0, :64] = t[0, :64] = -float("inf")
+    for name in ("drkl", "reverse_kl"):
+        assert max(excess(name, s, t, y, torch.randn(5), backend="tiled")) <= 1
+    x = torch.randn(5, 1000)
+    torch.testing.assert_close(drkl_triton.softmax(x, backend="tiled"), x.softmax(-1))

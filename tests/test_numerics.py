@@ -1,0 +1,139 @@
+"""Errors against float64, element by element, for the tiled backend and the interpreted kernels (bounds.py)."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from bounds import INF, excess, ratio
+from torch.autograd import gradcheck
+
+import drkl_triton
+from drkl_triton import reference
+
+# one tile holds 2048 columns of bfloat16 at 8 warps
+VOCABULARIES = [
+    2,  # head and tail only
+    37,  # one partial tile
+    4097,  # two tiles and a tail of one
+    50257,  # GPT-2: odd, so every row starts at another distance from a 16-byte boundary
+    151936,  # Qwen: long rows, few of them, so they are split over programs
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LOSSES = [("reverse_kl", False), ("reverse_kl", True), ("drkl", True)]
+
+
+@lru_cache(maxsize=4)
+def regimes(V, dtype):
+    """(student, teacher, labels, upstream): one row a regime; the upstream gradient is random, never ones."""
+    draw = torch.Generator().manual_seed(V)
+    s, t = (torch.randn(7, V, generator=draw) for _ in range(2))
+    y = torch.randint(V, (7,), generator=draw)
+    s[0], t[0] = 0.01 * s[0], 0.01 * t[0]  # flat
+    s[1], t[1] = 10 * s[1], 10 * t[1]  # peaked
+    s[2], t[2] = 3 * s[2] + 700, 3 * t[2] - 700  # the two models' logits at different heights
+    s[3], t[3] = 3 * s[3] - 700, 3 * t[3] + 700
+    rest = s.scatter(1, y[:, None], -INF).logsumexp(1)
+    s[4, y[4]] = rest[4] + 69  # 1 - q_y is 1e-30
+    s[5, y[5]] = rest[5] - 69  # q_y is 1e-30
+    t[6] = s[6]  # q = p but for rounding
+    return s.to(dtype), t.to(dtype), y, torch.randn(7, generator=draw)
+
+
+@pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_loss_and_gradient_within_bound(V, dtype, name, labelled, backend):
+    s, t, y, upstream = regimes(V, dtype)
+    loss, grad = excess(name, s, t, y if labelled else None, upstream, backend=backend)
+    assert loss <= 1
+    assert grad <= 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+@pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+def test_temperature(name, labelled, temperature, backend):
+    s, t, y, upstream = regimes(4097, torch.bfloat16)
+    labels = y if labelled else None
+    loss, grad = excess(name, s, t, labels, upstream, backend=backend, temperature=temperature)
+    assert max(loss, grad) <= 1
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 1.0, 20.0])
+def test_gamma(gamma, backend):
+    s, t, y, upstream = regimes(4097, torch.float32)
+    assert max(excess("drkl", s, t, y, upstream, backend=backend, gamma=gamma)) <= 1
+
+
+@pytest.mark.parametrize("student", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_mixed_dtypes(student, teacher, backend):
+    s, t, y, upstream = regimes(517, torch.float16)
+    s, t = s.to(student), t.to(teacher)
+    loss = drkl_triton.drkl(s, t, y, backend=backend)
+    assert loss.dtype == torch.promote_types(torch.promote_types(student, teacher), torch.float32)
+    loss, grad = excess("drkl", s, t, y, upstream, backend=backend)
+    assert loss <= 1
+    # float64: the truth is float64 autograd itself, whose own rounding is of the size of the bound
+    assert grad <= (1 if torch.float64 not in (student, teacher) else 4)
+
+
+@pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+def test_gradcheck(name, labelled, backend):
+    # V = 19: head, one vector masked in the last tile, tail and label apart
+    s = torch.randn(3, 19, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(3, 19, dtype=torch.float64)
+    y = torch.tensor([0, 9, 18]) if labelled else None
+    loss = getattr(drkl_triton, name)
+    assert gradcheck(lambda x: loss(x, t, y, temperature=1.5, reduction="none", backend=backend), s)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_softmax_gradcheck(name, backend):
+    x = torch.randn(3, 19, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: getattr(drkl_triton, name)(x, temperature=1.5, backend=backend), x)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", VOCABULARIES)
+def test_softmax_within_bound(V, dtype, name, backend):
+    x, _, _, _ = regimes(V, dtype)
+    g = torch.randn(x.shape).to(dtype)
+    wide = torch.float32
+
+    def run(function, x, g, **options):
+        x = x.detach().requires_grad_()
+        y = function(x, temperature=2.0, **options)
+        return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+    y, dx = run(getattr(drkl_triton, name), x, g, backend=backend)
+    assert y.dtype == dx.dtype == dtype
+    truth, dtruth = run(getattr(reference, name), x.double(), g.double())
+    base, dbase = (
+        z.to(dtype).double() for z in run(getattr(reference, name), x.to(wide), g.to(wide))
+    )
+
+    eps, out = torch.finfo(wide).eps, torch.finfo(dtype)
+    log_p = reference.log_softmax(x.double(), temperature=2.0)
+    p, g = log_p.exp(), g.double().abs()
+    if name == "softmax":
+        kappa, dkappa = (
+            p * (1 + log_p.abs()),
+            p * (g + (p * g).sum(-1, keepdim=True)) * (1 + log_p.abs()) / 2,
+        )
+    else:
+        kappa, dkappa = 1 + log_p.abs(), (g + p * g.sum(-1, keepdim=True) * (1 + log_p.abs())) / 2
+    floor = out.smallest_normal * out.eps + torch.finfo(wide).smallest_normal
+    bound = 2 * (base - truth).abs() + 8 * eps * kappa + 2 * out.eps * truth.abs() + floor
+    dbound = 2 * (dbase - dtruth).abs() + 8 * eps * dkappa + 2 * out.eps * dtruth.abs() + floor
+    assert ratio(y, truth, bound) <= 1
+    assert ratio(dx, dtruth, dbound) <= 1
+
+
+def test_gradient_is_exactly_zero_where_the_distributions_agree(backend):
+    s = torch.randn(3, 700).requires_grad_()
+    for labels in (None, torch.tensor([0, 350, 699])):
+        loss = drkl_triton.reverse_kl(s, s.detach(), labels, reduction="none", backend=backend)
+        (grad,) = torch.autograd.grad(loss, s, torch.randn(3))
+        assert (loss == 0).all()
+        assert (grad == 0).all()
