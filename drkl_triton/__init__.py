@@ -1,4 +1,6 @@
-"""Softmax, reverse KL and DRKL for distilling language models, without ever holding a probability tensor."""
+"""Softmax, reverse KL and DRKL for distilling language models, without ever holding a probability
+tensor.
+"""
 
 from . import reference
 from ._version import __version__

@@ -1,4 +1,6 @@
-"""Everything that is checked about a caller's arguments, in one place. Messages say what was expected, what came, what to do."""
+"""Everything that is checked about a caller's arguments, in one place. Messages say what was
+expected, what came, what to do.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +22,35 @@ def logits(name: str, x: Tensor) -> None:
     if not torch.compiler.is_compiling():
         _plain_tensor(name, x)
     if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert it with .float()")
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert it "
+            "with .float()"
+        )
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
-            f"{name} must have a vocabulary of at least one column in its last dimension, got shape {tuple(x.shape)}"
+            f"{name} must have a vocabulary of at least one column in its last dimension, got "
+            f"shape {tuple(x.shape)}"
         )
 
 
 def _plain_tensor(name: str, x: Tensor) -> None:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise TypeError(
-            f"{name} is inside a torch.func transform (vmap, grad, jvp), which these kernels do not support; "
-            "use loss.backward() or torch.autograd.grad, and batch along the leading dimensions instead of vmap"
+            f"{name} is inside a torch.func transform (vmap, grad, jvp), which these kernels do "
+            "not support; "
+            "use loss.backward() or torch.autograd.grad, and batch along the leading dimensions "
+            "instead of vmap"
         )
     if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; convert it with .to_dense()")
+        raise TypeError(
+            f"{name} must be a dense (strided) tensor, got layout {x.layout}; convert it with "
+            ".to_dense()"
+        )
     if hasattr(x, "device_mesh"):
-        raise TypeError(f"{name} is a DTensor, got placements {x.placements}; pass its full_tensor() or the local rows of it")
+        raise TypeError(
+            f"{name} is a DTensor, got placements {x.placements}; pass its full_tensor() or the "
+            "local rows of it"
+        )
 
 
 def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
@@ -58,7 +72,8 @@ def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
     V, teacher_V = student.shape[-1], teacher.shape[-1]
     if V != teacher_V and vocab_mismatch == "error":
         raise ValueError(
-            f"student_logits has {V} columns and teacher_logits {teacher_V}; if the first {min(V, teacher_V)} mean the same "
+            f"student_logits has {V} columns and teacher_logits {teacher_V}; if the first "
+            f"{min(V, teacher_V)} mean the same "
             'tokens in both, pass vocab_mismatch="truncate"'
         )
     return min(V, teacher_V)
@@ -72,7 +87,9 @@ def same_device(name: str, x: Tensor, student: Tensor) -> None:
         )
 
 
-def row_tensor(name: str, x: Tensor, student: Tensor, dtypes: tuple[torch.dtype, ...] | None, what: str) -> None:
+def row_tensor(
+    name: str, x: Tensor, student: Tensor, dtypes: tuple[torch.dtype, ...] | None, what: str
+) -> None:
     """labels or weight: one value a row."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of {what}, got {type(x).__name__}")
@@ -80,7 +97,8 @@ def row_tensor(name: str, x: Tensor, student: Tensor, dtypes: tuple[torch.dtype,
         raise TypeError(f"{name} must be {what}, got {x.dtype}; convert it with .to()")
     if x.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name} must have the leading shape of student_logits, {tuple(student.shape[:-1])}, got {tuple(x.shape)}; "
+            f"{name} must have the leading shape of student_logits, {tuple(student.shape[:-1])}, "
+            f"got {tuple(x.shape)}; "
             "give one value per token"
         )
     same_device(name, x, student)
@@ -106,7 +124,8 @@ def positive(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex():
             raise ValueError(
-                f"{name} must be a positive number or a 0-dim real tensor, got a {value.dtype} tensor of shape "
+                f"{name} must be a positive number or a 0-dim real tensor, got a {value.dtype} "
+                "tensor of shape "
                 f"{tuple(value.shape)}; a value per token is not supported"
             )
         return
@@ -135,12 +154,14 @@ def denominator(num_items: float | Tensor | None, reduction: str) -> None:
         return
     if reduction != "mean":
         raise ValueError(
-            f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}; leave num_items out'
+            'num_items replaces the denominator of reduction="mean", got '
+            f"reduction={reduction!r}; leave num_items out"
         )
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0 or num_items.is_complex():
             raise ValueError(
-                f"num_items must be a number or a 0-dim tensor, got a {num_items.dtype} tensor of shape {tuple(num_items.shape)}"
+                f"num_items must be a number or a 0-dim tensor, got a {num_items.dtype} tensor of "
+                f"shape {tuple(num_items.shape)}"
             )
         return
     _real("num_items", num_items, "a number or a 0-dim tensor")
@@ -151,12 +172,16 @@ def denominator(num_items: float | Tensor | None, reduction: str) -> None:
 def shift_shape(student: Tensor) -> None:
     if student.dim() < 3:
         raise ValueError(
-            f"shift=True needs [B, T, V] logits, got shape {tuple(student.shape)}: flattened rows would be scored with the "
-            "next sequence's first label; pass the unflattened tensors (logits[None] for one sequence)"
+            f"shift=True needs [B, T, V] logits, got shape {tuple(student.shape)}: flattened rows "
+            "would be scored with the "
+            "next sequence's first label; pass the unflattened tensors (logits[None] for one "
+            "sequence)"
         )
 
 
-def divergence_options(*, reduction, support, backend, ignore_index, shift, return_metrics, temperature, num_items) -> None:
+def divergence_options(
+    *, reduction, support, backend, ignore_index, shift, return_metrics, temperature, num_items
+) -> None:
     """The options that reverse_kl, drkl and their modules share."""
     one_of("reduction", reduction, REDUCTIONS)
     one_of("support", support, ("full", "teacher"))

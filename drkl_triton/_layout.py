@@ -9,7 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Rows:
-    """``tensor`` [..., V] whose row i starts ``(i // inner) * strides[0] + (i % inner) * strides[1]`` elements past its data pointer."""
+    """``tensor`` [..., V] whose row i starts ``(i // inner) * strides[0] + (i % inner) *
+    strides[1]`` elements past its data pointer.
+    """
 
     tensor: torch.Tensor
     inner: int
@@ -22,7 +24,9 @@ class Rows:
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
-    """``tensor`` [..., V] as Rows, without a copy where its leading strides reduce to two and its last dimension is dense."""
+    """``tensor`` [..., V] as Rows, without a copy where its leading strides reduce to two and its
+    last dimension is dense.
+    """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])

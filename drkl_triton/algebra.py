@@ -1,19 +1,21 @@
-r"""From a row's sums to its loss, its metrics and the scalars of its gradient: O(rows) arithmetic in plain PyTorch.
+r"""From a row's sums to its loss, its metrics and the scalars of its gradient: O(rows) arithmetic
+in plain PyTorch.
 
-Everything that tells one divergence of this family from another is in this file. The kernels before and after it
-(``row_sums``, ``row_grad``) and the tiled backend do not know which loss they serve.
+Everything that tells one divergence of this family from another is in this file. The kernels before
+and after it (``row_sums``, ``row_grad``) and the tiled backend do not know which loss they serve.
 
-Notation, per row, with the label's column ``y`` taken out of the sums (no label: all columns are in, and there is no target part):
+Notation, per row, with the label's column ``y`` taken out of the sums (no label: all columns are
+in, and there is no target part):
 
-    u, v            log-odds of the label under student and teacher: q_y = sigmoid(u), p_y = sigmoid(v)
+    u, v            log-odds of the label, student and teacher: q_y = sigmoid(u), p_y = sigmoid(v)
     nontarget_kl    N = KL(q^ || p^), the Kullback-Leibler divergence of the renormalised rest
-    target_kl       KL(b_q || b_p), that of the two-point distributions (q_y, 1 - q_y) and (p_y, 1 - p_y)
+    target_kl       KL(b_q || b_p), with b_q = (q_y, 1 - q_y) and b_p = (p_y, 1 - p_y)
 
     reverse KL      target_kl + (1 - q_y) N        (exact; without a label N itself)
     DRKL            target_kl +   gamma   N        gamma > 0
 
-Source of DRKL: Luong, Tran, Chen, "Diversity-Aware Reverse Kullback-Leibler Divergence for Large Language Model Distillation",
-arXiv 2604.00223; this is our reading of its Equation 9.
+Source of DRKL: Luong, Tran, Chen, "Diversity-Aware Reverse Kullback-Leibler Divergence for Large
+Language Model Distillation", arXiv 2604.00223; this is our reading of its Equation 9.
 """
 
 from __future__ import annotations
@@ -39,13 +41,16 @@ NAN = float("nan")
 class RowMetrics(NamedTuple):
     """Per-token diagnostics of a loss: detached, unweighted, at the loss's temperature, in nats.
 
-    Every field has the leading shape ``[...]`` of the logits and dtype float32 (float64 where either side of the loss is
-    float64). Rows that are ignored hold 0. Without labels there is no target, and the fields marked * are None.
+    Every field has the leading shape ``[...]`` of the logits and dtype float32 (float64 where
+    either side of the loss is float64). Rows that are ignored hold 0. Without labels there is no
+    target, and the fields marked * are None.
     """
 
     loss: Tensor  #: the loss itself, before weight and reduction
     target_kl: Tensor | None  #: * KL(b_q || b_p), the two-point part at the label
-    nontarget_kl: Tensor | None  #: * N = KL(q^ || p^) over the other columns, without gamma and without 1 - q_y
+    nontarget_kl: (
+        Tensor | None
+    )  #: * N = KL(q^ || p^) over the other columns, without gamma and without 1 - q_y
     student_target_prob: Tensor | None  #: * q_y
     teacher_target_prob: Tensor | None  #: * p_y
     student_entropy: Tensor  #: -sum q log q
@@ -55,7 +60,7 @@ class _Row(NamedTuple):
     """What loss and gradient share."""
 
     nontarget_kl: Tensor  # finite, or +inf; 0 where the student has nothing but the label
-    slope: Tensor  # E_q^[(s_k - m_s) - (t_k - m_t)]; N minus the log-ratio of the normalisers, at temperature 1
+    slope: Tensor  # the mean of (s_k - m_s) - (t_k - m_t) under q^
     log_d: Tensor
     is_nan: Tensor
     is_inf: Tensor
@@ -72,16 +77,21 @@ def _read(sums: Tensor, inv_temperature: Tensor, labelled: bool, label: Tensor) 
     slope = torch.where(empty, 0.0, a / torch.where(empty, 1.0, d_s))
     nontarget = slope * inv_temperature + torch.where(empty, 0.0, log_dt - log_d)
     is_nan = d_s.isnan() | d_t.isnan() | (label == INVALID)
-    # the teacher has -inf where the student is finite: the term was e * inf, which is inf, or NaN where e underflowed
+    # the teacher has -inf where the student is finite: the term was e * inf, which is inf, or NaN
+    # where e underflowed
     is_inf = ~slope.isfinite()
     nontarget = torch.where(is_inf, INF, nontarget)
     if not labelled:
-        return _Row(nontarget, slope, log_d, is_nan | empty | (d_t == 0), is_inf, torch.zeros_like(empty))
-    # a log-sum-exp stays the pair (m, log d): rounded into one number at height 700 it would be off by 3e-5
+        return _Row(
+            nontarget, slope, log_d, is_nan | empty | (d_t == 0), is_inf, torch.zeros_like(empty)
+        )
+    # a log-sum-exp stays the pair (m, log d): rounded into one number at height 700 it would be off
+    # by 3e-5
     u = (s_y - m_s) * inv_temperature - log_d
     v = (t_y - m_t) * inv_temperature - log_dt
     has_label = label >= 0
-    # u, v are NaN where every column is -inf, the label's included; +inf at the label is as bad as elsewhere
+    # u, v are NaN where every column is -inf, the label's included; +inf at the label is as bad as
+    # elsewhere
     nan_target = u.isnan() | v.isnan() | (s_y == INF) | (t_y == INF)
     is_nan = is_nan | torch.where(has_label, nan_target, empty | (d_t == 0))
     no_target = s_y == -INF
@@ -90,7 +100,9 @@ def _read(sums: Tensor, inv_temperature: Tensor, labelled: bool, label: Tensor) 
 
 
 def _target_kl(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL(b_q || b_p), q_y, 1 - q_y); each probability from its own log-odds, never by subtraction."""
+    """(KL(b_q || b_p), q_y, 1 - q_y); each probability from its own log-odds, never by
+    subtraction.
+    """
     log_q, log_rest = logsigmoid(row.u), logsigmoid(-row.u)
     q, rest = log_q.exp(), log_rest.exp()
     # 0 log 0 = 0, selected before the product
@@ -100,11 +112,18 @@ def _target_kl(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def losses(
-    sums: Tensor, label: Tensor, inv_temperature: Tensor, gamma: Tensor | None, labelled: bool, metrics: bool
+    sums: Tensor,
+    label: Tensor,
+    inv_temperature: Tensor,
+    gamma: Tensor | None,
+    labelled: bool,
+    metrics: bool,
 ) -> tuple[Tensor, ...]:
-    """The loss of every row, [N]; with ``metrics`` also the fields of RowMetrics after it (those it has without labels).
+    """The loss of every row, [N]; with ``metrics`` also the fields of RowMetrics after it (those it
+    has without labels).
 
-    sums [8, N]; label int64 [N]; gamma None: reverse KL; labelled: whether the caller gave labels at all.
+    sums [8, N]; label int64 [N]; gamma None: reverse KL; labelled: whether the caller gave labels
+    at all.
     """
     row = _read(sums, inv_temperature, labelled, label)
     has_label, ignored = label >= 0, label == IGNORED
@@ -141,11 +160,18 @@ def _finish(loss: Tensor, row: _Row, ignored: Tensor) -> Tensor:
 
 
 def gradient_scalars(
-    sums: Tensor, label: Tensor, inv_temperature: Tensor, gamma: Tensor | None, labelled: bool, upstream: Tensor
+    sums: Tensor,
+    label: Tensor,
+    inv_temperature: Tensor,
+    gamma: Tensor | None,
+    labelled: bool,
+    upstream: Tensor,
 ) -> Tensor:
-    """The table [7, N] that turns a row into its gradient (kernels/row_grad.py says how), ``upstream`` [N] included.
+    """The table [7, N] that turns a row into its gradient (kernels/row_grad.py says how),
+    ``upstream`` [N] included.
 
-    For k != y, with the weight W = gamma (DRKL), 1 - q_y (reverse KL) or 1 (no label) and g_y the label's own gradient,
+    For k != y, with the weight W = gamma (DRKL), 1 - q_y (reverse KL) or 1 (no label) and g_y the
+    label's own gradient,
 
         dloss/ds_k = q^_k (W (log q^_k - log p^_k - N) - g_y)
         g_y        = q_y (1 - q_y) (u - v)          DRKL
@@ -177,7 +203,8 @@ def gradient_scalars(
 
 
 def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:
-    """The sums [8, N] of two disjoint sets of columns from the sums of each (formulas: kernels/online_softmax.py).
+    """The sums [8, N] of two disjoint sets of columns from the sums of each (formulas:
+    kernels/online_softmax.py).
 
     The label's logits are taken from whichever side has them; the other side holds -inf.
     """
@@ -189,7 +216,9 @@ def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:
     return torch.cat([torch.stack([top_s, d_s, a, h, top_t, d_t]), labels])
 
 
-def _moved(part: Tensor, top_s: Tensor, top_t: Tensor, inv_temperature: Tensor) -> tuple[Tensor, ...]:
+def _moved(
+    part: Tensor, top_s: Tensor, top_t: Tensor, inv_temperature: Tensor
+) -> tuple[Tensor, ...]:
     m_s, d_s, a, h, m_t, d_t = part[:6].unbind(0)
     down_s, down_t = m_s - top_s, m_t - top_t
     rescale = torch.exp(down_s * inv_temperature)

@@ -1,4 +1,6 @@
-"""The ``torch.autograd.Function``s. Forward keeps O(rows) beside its inputs; backward recomputes from the logits."""
+"""The ``torch.autograd.Function``s. Forward keeps O(rows) beside its inputs; backward recomputes
+from the logits.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from . import algebra, backends
 class _SecondDerivative(torch.autograd.Function):
     """Passes a gradient on and raises when it is differentiated.
 
-    ``once_differentiable`` alone would return a gradient that is quietly cut from the graph where the upstream gradient
-    is a constant; a penalty on it would then train nothing.
+    ``once_differentiable`` alone would return a gradient that is quietly cut from the graph where
+    the upstream gradient is a constant; a penalty on it would then train nothing.
     """
 
     @staticmethod
@@ -24,19 +26,24 @@ class _SecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         raise RuntimeError(
-            "second derivatives of drkl_triton's functions are not implemented; drop create_graph=True, or use "
+            "second derivatives of drkl_triton's functions are not implemented; drop "
+            "create_graph=True, or use "
             "drkl_triton.reference, which is plain differentiable PyTorch"
         )
 
 
 def _first_order(grad: Tensor, *sources: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # only under create_graph=True
+    if (
+        not torch.compiler.is_compiling() and torch.is_grad_enabled()
+    ):  # only under create_graph=True
         return _SecondDerivative.apply(grad, *sources)
     return grad
 
 
 class DivergenceFunction(torch.autograd.Function):
-    """Per-row reverse KL (``gamma`` None) or DRKL of logits [..., V]; returns (loss [N], *metrics [N])."""
+    """Per-row reverse KL (``gamma`` None) or DRKL of logits [..., V]; returns (loss [N], *metrics
+    [N]).
+    """
 
     @staticmethod
     def forward(
@@ -52,7 +59,9 @@ class DivergenceFunction(torch.autograd.Function):
         metrics: bool,
         backend: str,
     ):
-        sums = backends.row_sums(student, teacher, label, inv_temperature, V, teacher_support, metrics, backend)
+        sums = backends.row_sums(
+            student, teacher, label, inv_temperature, V, teacher_support, metrics, backend
+        )
         out = algebra.losses(sums, label, inv_temperature, gamma, labelled, metrics)
         ctx.save_for_backward(student, teacher, label, inv_temperature, gamma, sums)
         ctx.options = (V, labelled, teacher_support, backend)
@@ -80,7 +89,9 @@ class SoftmaxFunction(torch.autograd.Function):
     """softmax or log_softmax over the last dimension."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inv_temperature: Tensor, log: bool, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, inv_temperature: Tensor, log: bool, backend: str
+    ) -> Tensor:
         y, state = backends.softmax(logits, inv_temperature, log, backend)
         ctx.save_for_backward(logits, inv_temperature, state)
         ctx.options = (log, backend)
@@ -92,6 +103,8 @@ class SoftmaxFunction(torch.autograd.Function):
         dlogits = None
         if ctx.needs_input_grad[0]:
             with torch.no_grad():
-                dlogits = backends.softmax_backward(logits, grad, inv_temperature, state, *ctx.options)
+                dlogits = backends.softmax_backward(
+                    logits, grad, inv_temperature, state, *ctx.options
+                )
             dlogits = _first_order(dlogits, logits, grad)
         return dlogits, None, None, None

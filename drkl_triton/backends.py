@@ -1,7 +1,8 @@
 """Which implementation runs, and the custom ops through which it is called.
 
-The ops are what ``torch.compile`` sees: opaque calls with fake implementations. They take the logits as they come and find the
-rows inside, so that strides never end in a compiled graph. None of them writes to its inputs or waits for the device.
+The ops are what ``torch.compile`` sees: opaque calls with fake implementations. They take the
+logits as they come and find the rows inside, so that strides never end in a compiled graph. None of
+them writes to its inputs or waits for the device.
 """
 
 import os
@@ -14,7 +15,8 @@ from . import tiled
 from ._layout import rows_of
 from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
 
-# Triton is optional. Only its own presence is asked for: a missing drkl_triton.kernels is a broken install and raises.
+# Triton is optional. Only its own presence is asked for: a missing drkl_triton.kernels is a broken
+# install and raises.
 HAS_TRITON = find_spec("triton") is not None
 # Triton reads this when it decorates the kernels, so a later change would have no effect either.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -30,12 +32,15 @@ def choose(backend: str, tensor: Tensor) -> str:
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(
-                'backend="triton" needs the triton package, which is not installed; install it or use backend="tiled"'
+                'backend="triton" needs the triton package, which is not installed; install it or '
+                'use backend="tiled"'
             )
         if device not in _TRITON_DEVICES and not (device == "cpu" and INTERPRETING):
             raise ValueError(
-                f'backend="triton" needs tensors on a GPU, got {device}; move them, use backend="tiled", or set '
-                "TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter on the CPU"
+                f'backend="triton" needs tensors on a GPU, got {device}; move them, use '
+                'backend="tiled", or set '
+                "TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter "
+                "on the CPU"
             )
     return backend
 
@@ -48,20 +53,23 @@ def _implementation(name: str):
     return tiled
 
 
-# Schemas are written out: torch 2.6 cannot infer optional tensors from every spelling of the annotation.
+# Schemas are written out: torch 2.6 cannot infer optional tensors from every spelling of the
+# annotation.
 _define = torch.library.custom_op
 
 
 @_define(
     "drkl_triton::row_labels",
     mutates_args=(),
-    schema="(Tensor like, Tensor? labels, Tensor? weight, SymInt ignore_index, SymInt V, bool shift, bool strict) -> Tensor",
+    schema="(Tensor like, Tensor? labels, Tensor? weight, SymInt ignore_index, SymInt V, "
+    "bool shift, bool strict) -> Tensor",
 )
 def row_labels(like, labels, weight, ignore_index, V, shift, strict):
     """int64 [...]: the column to take out of each row's sums, or NO_LABEL, IGNORED, INVALID.
 
-    ``like`` [..., V] gives shape and device. shift: row t is scored with label and weight t + 1. strict (DRKL): a label
-    outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise such a row has NO_LABEL.
+    ``like`` [..., V] gives shape and device. shift: row t is scored with label and weight t + 1.
+    strict (DRKL): a label outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise
+    such a row has NO_LABEL.
     """
     shape = like.shape[:-1]
     codes = torch.full(shape, NO_LABEL, dtype=torch.int64, device=like.device)
@@ -76,10 +84,13 @@ def row_labels(like, labels, weight, ignore_index, V, shift, strict):
         if strict and labels.device.type == "cpu" and outside.any():
             where = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"labels must be in [0, {V}) or ignore_index ({ignore_index}), got {labels[tuple(where)].item()} at {where}; "
+                f"labels must be in [0, {V}) or ignore_index ({ignore_index}), got "
+                f"{labels[tuple(where)].item()} at {where}; "
                 "mask it with ignore_index or check the tokenizer's vocabulary against the logits'"
             )
-        codes = torch.where(outside, INVALID if strict else NO_LABEL, torch.where(ignored, IGNORED, labels))
+        codes = torch.where(
+            outside, INVALID if strict else NO_LABEL, torch.where(ignored, IGNORED, labels)
+        )
     if weight is not None:
         codes = torch.where(weight == 0, IGNORED, codes)
     if shift:
@@ -95,8 +106,8 @@ def _(like, labels, weight, ignore_index, V, shift, strict):
 @_define(
     "drkl_triton::row_sums",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, SymInt V, bool teacher_support, "
-    "bool entropy, str backend) -> Tensor",
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, SymInt V, "
+    "bool teacher_support, bool entropy, str backend) -> Tensor",
 )
 def row_sums(student, teacher, label, inv_temperature, V, teacher_support, entropy, backend):
     """The table of sums [8, N] (kernels/row_sums.py)."""
@@ -119,11 +130,13 @@ def _(student, teacher, label, inv_temperature, V, teacher_support, entropy, bac
 @_define(
     "drkl_triton::row_grad",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor scalars, SymInt V, "
-    "bool teacher_support, str backend) -> Tensor",
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, "
+    "Tensor scalars, SymInt V, bool teacher_support, str backend) -> Tensor",
 )
 def row_grad(student, teacher, label, inv_temperature, scalars, V, teacher_support, backend):
-    """The gradient of the student's logits, contiguous, from the table of scalars [7, N] (kernels/row_grad.py)."""
+    """The gradient of the student's logits, contiguous, from the table of scalars [7, N]
+    (kernels/row_grad.py).
+    """
     out = _implementation(backend).row_grad(
         rows_of(student),
         rows_of(teacher),
@@ -150,7 +163,9 @@ def _(student, teacher, label, inv_temperature, scalars, V, teacher_support, bac
 def softmax(logits, inv_temperature, log, backend):
     """(output like logits, state [2, N]) (kernels/softmax.py)."""
     N = logits.numel() // logits.shape[-1]
-    y, state = _implementation(backend).softmax_forward(rows_of(logits), inv_temperature, N, log=log)
+    y, state = _implementation(backend).softmax_forward(
+        rows_of(logits), inv_temperature, N, log=log
+    )
     return y.view(logits.shape), state
 
 
@@ -164,11 +179,14 @@ def _(logits, inv_temperature, log, backend):
 @_define(
     "drkl_triton::softmax_backward",
     mutates_args=(),
-    schema="(Tensor logits, Tensor grad, Tensor inv_temperature, Tensor state, bool log, str backend) -> Tensor",
+    schema="(Tensor logits, Tensor grad, Tensor inv_temperature, Tensor state, bool log, "
+    "str backend) -> Tensor",
 )
 def softmax_backward(logits, grad, inv_temperature, state, log, backend):
     """The gradient of the logits, contiguous, in their dtype."""
-    out = _implementation(backend).softmax_backward(rows_of(logits), rows_of(grad), inv_temperature, state, log=log)
+    out = _implementation(backend).softmax_backward(
+        rows_of(logits), rows_of(grad), inv_temperature, state, log=log
+    )
     return out.view(logits.shape)
 
 

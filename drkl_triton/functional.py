@@ -1,4 +1,6 @@
-"""The public functions. Shapes, dtypes, errors and formulas are in their docstrings; semantics in README.md."""
+"""The public functions. Shapes, dtypes, errors and formulas are in their docstrings; semantics in
+README.md.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +17,39 @@ __all__ = ["drkl", "log_softmax", "reverse_kl", "softmax"]
 
 
 def softmax(logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
-    """``exp(x / temperature)`` normalised over the last dimension, as one scan and one pass that writes.
+    """``exp(x / temperature)`` normalised over the last dimension, as one scan and one pass that
+    writes.
 
     Args:
-        logits: ``[..., V]``, float16, bfloat16, float32 or float64. Leading strides that reduce to two are read in place;
-            a strided last dimension, or more leading strides, are copied.
+        logits: ``[..., V]``, float16, bfloat16, float32 or float64. Leading strides that reduce to
+            two are read in place; a strided last dimension, or more leading strides, are copied.
         temperature: positive number, or 0-dim tensor (not validated, no gradient).
         backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
 
     Returns:
-        ``[..., V]``, contiguous, in the dtype of ``logits``; computed in float32 (float64 for float64). Columns at -inf get 0;
-        a row that is -inf everywhere, or holds NaN or +inf, is NaN.
+        ``[..., V]``, contiguous, in the dtype of ``logits``; computed in float32 (float64 for
+        float64). Columns at -inf get 0; a row that is -inf everywhere, or holds NaN or +inf, is
+        NaN.
 
     Raises:
         TypeError: not a tensor, or a dtype, layout or subclass that is not supported.
-        ValueError: no columns, ``temperature`` not positive, ``backend`` unknown or not available here.
+        ValueError: no columns, ``temperature`` not positive, ``backend`` unknown or not available
+            here.
 
-    The backward pass recomputes the probabilities from ``logits``; nothing of size V is kept. Second derivatives raise.
+    The backward pass recomputes the probabilities from ``logits``; nothing of size V is kept.
+    Second derivatives raise.
     """
     return _softmax(logits, temperature, backend, log=False)
 
 
-def log_softmax(logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
-    """Logarithm of :func:`softmax`: ``x / temperature - logsumexp(x / temperature)`` over the last dimension.
+def log_softmax(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto"
+) -> Tensor:
+    """Logarithm of :func:`softmax`: ``x / temperature - logsumexp(x / temperature)`` over the last
+    dimension.
 
-    Arguments, errors and memory as in :func:`softmax`. Columns at -inf get -inf, and their upstream gradient is passed on
-    unchanged (over the temperature), as in ``torch.log_softmax``.
+    Arguments, errors and memory as in :func:`softmax`. Columns at -inf get -inf, and their upstream
+    gradient is passed on unchanged (over the temperature), as in ``torch.log_softmax``.
     """
     return _softmax(logits, temperature, backend, log=True)
 
@@ -49,8 +58,9 @@ def _softmax(logits: Tensor, temperature: float | Tensor, backend: str, log: boo
     _checks.logits("logits", logits)
     _checks.positive("temperature", temperature)
     _checks.one_of("backend", backend, _checks.BACKENDS)
-    chosen = backends.choose(backend, logits)
-    return SoftmaxFunction.apply(logits, _inverse(temperature, logits), log, chosen)
+    backend = backends.choose(backend, logits)
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    return SoftmaxFunction.apply(logits, _inverse(temperature, logits.device, acc), log, backend)
 
 
 def reverse_kl(
@@ -69,49 +79,72 @@ def reverse_kl(
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Any:
-    r"""Reverse Kullback-Leibler divergence ``KL(q || p)`` of the student's ``q`` from the teacher's ``p``, per token.
+    r"""Reverse Kullback-Leibler divergence ``KL(q || p)`` of the student's ``q`` from the teacher's
+    ``p``, per token.
 
-    .. math:: \mathrm{RKL} = \sum_k q_k (\log q_k - \log p_k), \quad q = \mathrm{softmax}(s/\tau),\ p = \mathrm{softmax}(t/\tau)
+    .. math:: \mathrm{RKL} = \sum_k q_k (\log q_k - \log p_k), \quad q = \mathrm{softmax}(s/\tau),\
+    p = \mathrm{softmax}(t/\tau)
 
     Args:
-        student_logits, teacher_logits: ``[..., V]``, float16, bfloat16, float32 or float64, same leading shape and device; the
-            dtypes may differ. Leading strides that reduce to two (slices and transposes of ``[B, T, V]``, expanded teachers)
-            are read in place; a strided last dimension, or more leading strides, are copied.
-        labels: ``[...]`` int64 or int32. Rows at ``ignore_index`` are not read: loss, gradient and metrics 0. The other labels
-            do not change the loss; they fill the target fields of the metrics and let the arithmetic run in log-odds, which
-            keeps its precision where the student is sure of the label. A label outside ``[0, V)`` makes that row's target
-            metrics NaN.
-        weight: ``[...]``, real. Weight of each token, without a gradient; a token of weight 0 is ignored.
-        temperature: divides both logits. Positive number, or 0-dim tensor (not validated, no gradient). There is no hidden
-            factor ``temperature**2``.
+        student_logits, teacher_logits: ``[..., V]``, float16, bfloat16, float32 or float64, same
+            leading shape and device; the dtypes may differ. Leading strides that reduce to two
+            (slices and transposes of ``[B, T, V]``, expanded teachers) are read in place; a strided
+            last dimension, or more leading strides, are copied.
+        labels: ``[...]`` int64 or int32. Rows at ``ignore_index`` are not read: loss, gradient and
+            metrics 0. The other labels do not change the loss; they fill the target fields of the
+            metrics and let the arithmetic run in log-odds, which keeps its precision where the
+            student is sure of the label. A label outside ``[0, V)`` makes that row's target metrics
+            NaN.
+        weight: ``[...]``, real. Weight of each token, without a gradient; a token of weight 0 is
+            ignored.
+        temperature: divides both logits. Positive number, or 0-dim tensor (not validated, no
+            gradient). There is no hidden factor ``temperature**2``.
         ignore_index: the label of rows to leave out.
-        reduction: ``"mean"`` (sum of weight x loss over sum of weights of the rows not ignored), ``"sum"`` (of weight x loss)
-            or ``"none"`` (weight x loss, ``[...]``).
-        num_items: number or 0-dim tensor that replaces the denominator of ``"mean"``: the tokens of the whole batch under
-            gradient accumulation or data parallelism.
-        shift: next-token form for ``[B, T, V]``: row t is scored with label and weight t + 1, the last row is ignored (also
-            without labels). Nothing is sliced or copied.
-        vocab_mismatch: ``"error"``, or ``"truncate"``: columns beyond the smaller vocabulary are left out of both
-            distributions and get gradient 0.
-        support: ``"full"``, or ``"teacher"``: columns where the teacher is -inf are left out of both distributions.
+        reduction: ``"mean"`` (sum of weight x loss over sum of weights of the rows not ignored),
+            ``"sum"`` (of weight x loss) or ``"none"`` (weight x loss, ``[...]``).
+        num_items: number or 0-dim tensor that replaces the denominator of ``"mean"``: the tokens of
+            the whole batch under gradient accumulation or data parallelism.
+        shift: next-token form for ``[B, T, V]``: row t is scored with label and weight t + 1, the
+            last row is ignored (also without labels). Nothing is sliced or copied.
+        vocab_mismatch: ``"error"``, or ``"truncate"``: columns beyond the smaller vocabulary are
+            left out of both distributions and get gradient 0.
+        support: ``"full"``, or ``"teacher"``: columns where the teacher is -inf are left out of
+            both distributions.
         backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
         return_metrics: also return :class:`RowMetrics`, detached, from the same scan.
 
     Returns:
-        The loss in nats, float32 (float64 where either side is float64): a 0-dim tensor, or ``[...]`` for ``"none"``. With
-        ``return_metrics`` the pair ``(loss, RowMetrics)``. Without a row that counts, or with a denominator of 0, the mean is 0,
-        connected to the graph, with zero gradients. The gradient goes to ``student_logits`` alone, in its dtype.
+        The loss in nats, float32 (float64 where either side is float64): a 0-dim tensor, or
+        ``[...]`` for ``"none"``. With ``return_metrics`` the pair ``(loss, RowMetrics)``. Without a
+        row that counts, or with a denominator of 0, the mean is 0, connected to the graph, with
+        zero gradients. The gradient goes to ``student_logits`` alone, in its dtype.
 
-        A row whose teacher is -inf where the student is finite has loss +inf and gradient 0. A row with NaN or +inf, or with
-        one side -inf everywhere, is NaN, loss and gradient; other rows are not touched.
+        A row whose teacher is -inf where the student is finite has loss +inf and gradient 0. A row
+        with NaN or +inf, or with one side -inf everywhere, is NaN, loss and gradient; other rows
+        are not touched.
 
     Raises:
         TypeError: wrong types, dtypes, layouts; a tensor inside a ``torch.func`` transform.
-        ValueError: shapes, devices, vocabularies or options that do not fit; ``teacher_logits`` that require grad.
+        ValueError: shapes, devices, vocabularies or options that do not fit; ``teacher_logits``
+            that require grad.
         RuntimeError: differentiating the gradient (second derivatives).
     """
-    return _divergence(None, student_logits, teacher_logits, labels, weight, temperature, ignore_index, reduction,
-                       num_items, shift, vocab_mismatch, support, backend, return_metrics)  # fmt: skip
+    return _divergence(
+        None,
+        student_logits,
+        teacher_logits,
+        labels,
+        weight=weight,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
+        shift=shift,
+        vocab_mismatch=vocab_mismatch,
+        support=support,
+        backend=backend,
+        return_metrics=return_metrics,
+    )
 
 
 def drkl(
@@ -131,65 +164,104 @@ def drkl(
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Any:
-    r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant, per token.
+    r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant,
+    per token.
 
     .. math:: \mathrm{DRKL} = \mathrm{KL}(b_q \| b_p) + \gamma\, \mathrm{KL}(\hat q \| \hat p)
 
-    with ``b_q = (q_y, 1 - q_y)`` at the label ``y`` and ``q^`` the distribution over the other columns, renormalised. Reverse KL is
-    the same sum with ``1 - q_y`` in place of ``gamma``. Source: Luong, Tran, Chen, "Diversity-Aware Reverse Kullback-Leibler
-    Divergence for Large Language Model Distillation", arXiv 2604.00223; this is our reading of its Equation 9, and the default
-    ``gamma`` is ours.
+    with ``b_q = (q_y, 1 - q_y)`` at the label ``y`` and ``q^`` the distribution over the other
+    columns, renormalised. Reverse KL is the same sum with ``1 - q_y`` in place of ``gamma``.
+    Source: Luong, Tran, Chen, "Diversity-Aware Reverse Kullback-Leibler Divergence for Large
+    Language Model Distillation", arXiv 2604.00223; this is our reading of its Equation 9, and the
+    default ``gamma`` is ours.
 
     Args:
-        labels: ``[...]`` int64 or int32, required. A label outside ``[0, V)`` that is not ``ignore_index`` is a ValueError when the
-            labels are on the CPU; on a GPU, where looking would stall the device, the row's loss and gradient are NaN.
-        gamma: weight of the non-target part. Positive number, or 0-dim tensor (not validated, no gradient).
+        labels: ``[...]`` int64 or int32, required. A label outside ``[0, V)`` that is not
+            ``ignore_index`` is a ValueError when the labels are on the CPU; on a GPU, where looking
+                would stall the device, the row's loss and gradient are NaN.
+        gamma: weight of the non-target part. Positive number, or 0-dim tensor (not validated, no
+            gradient).
 
-    All other arguments, the result and the errors are those of :func:`reverse_kl`. With ``support="teacher"`` and a teacher at
-    -inf on the label, the target part is 0. Where the student is -inf at the label, the loss is
-    ``-log(1 - p_y) + gamma N``; where it is finite at the label only, ``-log p_y``, with gradient 0.
+    All other arguments, the result and the errors are those of :func:`reverse_kl`. With
+    ``support="teacher"`` and a teacher at -inf on the label, the target part is 0. Where the
+    student is -inf at the label, the loss is ``-log(1 - p_y) + gamma N``; where it is finite at the
+    label only, ``-log p_y``, with gradient 0.
     """
     _checks.positive("gamma", gamma)
     if labels is None:
-        raise TypeError("drkl needs labels [...] (the target column of each row), got None; reverse_kl works without")
-    return _divergence(gamma, student_logits, teacher_logits, labels, weight, temperature, ignore_index, reduction,
-                       num_items, shift, vocab_mismatch, support, backend, return_metrics)  # fmt: skip
+        raise TypeError(
+            "drkl needs labels [...] (the target column of each row), got None; "
+            "reverse_kl works without"
+        )
+    return _divergence(
+        gamma,
+        student_logits,
+        teacher_logits,
+        labels,
+        weight=weight,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
+        shift=shift,
+        vocab_mismatch=vocab_mismatch,
+        support=support,
+        backend=backend,
+        return_metrics=return_metrics,
+    )
 
 
-def _divergence(gamma, student, teacher, labels, weight, temperature, ignore_index, reduction, num_items, shift,
-                vocab_mismatch, support, backend, return_metrics):  # fmt: skip
+def _divergence(
+    gamma, student, teacher, labels, *, weight, ignore_index, num_items, vocab_mismatch, **options
+):
+    """Both losses; gamma None: reverse KL. The arguments are the public ones."""
     V = _checks.logits_pair(student, teacher, vocab_mismatch)
-    _checks.divergence_options(reduction=reduction, support=support, backend=backend, ignore_index=ignore_index,
-                               shift=shift, return_metrics=return_metrics, temperature=temperature,
-                               num_items=num_items)  # fmt: skip
+    _checks.divergence_options(ignore_index=ignore_index, num_items=num_items, **options)
+    reduction, shift, metrics = options["reduction"], options["shift"], options["return_metrics"]
     _checks.labels(labels, student)
     _checks.weight(weight, student)
     if shift:
         _checks.shift_shape(student)
-    chosen = backends.choose(backend, student)
+    backend = backends.choose(options["backend"], student)
 
     acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    inv_temperature = _inverse(temperature, student, acc)
+    inv_temperature = _inverse(options["temperature"], student.device, acc)
     gamma = None if gamma is None else _scalar(gamma, acc, student.device)
     weight = None if weight is None else weight.detach()
-    codes = backends.row_labels(student.detach(), labels, weight, ignore_index, V, shift, gamma is not None)
-    rows, *metrics = DivergenceFunction.apply(
-        student, teacher, codes.view(-1), inv_temperature, gamma, V, labels is not None, support == "teacher",
-        return_metrics, chosen,
-    )  # fmt: skip
+    codes = backends.row_labels(
+        student.detach(), labels, weight, ignore_index, V, shift, gamma is not None
+    )
+    rows, *fields = DivergenceFunction.apply(
+        student,
+        teacher,
+        codes.view(-1),
+        inv_temperature,
+        gamma,
+        V,
+        labels is not None,
+        options["support"] == "teacher",
+        metrics,
+        backend,
+    )
 
     shape = student.shape[:-1]
     loss = _reduce(rows.view(shape), codes, weight, reduction, num_items, shift)
-    if not return_metrics:
+    if not metrics:
         return loss
-    fields = [x.view(shape) for x in (rows.detach(), *metrics)]
+    fields = [x.view(shape) for x in (rows.detach(), *fields)]
     if labels is None:
         fields[1:1] = [None] * 4
     return loss, RowMetrics(*fields)
 
 
-def _reduce(loss: Tensor, codes: Tensor, weight: Tensor | None, reduction: str, num_items: float | Tensor | None,
-            shift: bool) -> Tensor:  # fmt: skip
+def _reduce(
+    loss: Tensor,
+    codes: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+    shift: bool,
+) -> Tensor:
     counted = codes != IGNORED
     if weight is not None:
         if shift:
@@ -209,17 +281,17 @@ def _reduce(loss: Tensor, codes: Tensor, weight: Tensor | None, reduction: str, 
     return torch.where(nothing, 0.0, total / torch.where(nothing, 1.0, denominator))
 
 
-def _inverse(temperature: float | Tensor, logits: Tensor, acc: torch.dtype | None = None) -> Tensor:
-    """1 / temperature, 0-dim, in the accumulator's dtype."""
-    if acc is None:
-        acc = torch.promote_types(logits.dtype, torch.float32)
+def _inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1 / temperature, 0-dim."""
     if isinstance(temperature, Tensor):
-        return _scalar(temperature, acc, logits.device).reciprocal()
-    return _scalar(1.0 / temperature, acc, logits.device)
+        return _scalar(temperature, dtype, device).reciprocal()
+    return _scalar(1.0 / temperature, dtype, device)
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-dim tensor on the device. Filling memory there, unlike copying a number to it, waits for nothing."""
+    """A 0-dim tensor on the device. Filling memory there, unlike copying a number to it, waits for
+    nothing.
+    """
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype, non_blocking=True)
     return torch.full((), value, dtype=dtype, device=device)

@@ -1,4 +1,6 @@
-"""The losses as ``nn.Module``s: options in ``__init__``, tensors in ``forward``. No parameters, nothing in the state dict."""
+"""The losses as ``nn.Module``s: options in ``__init__``, tensors in ``forward``. No parameters,
+nothing in the state dict.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ __all__ = ["DRKLLoss", "ReverseKLLoss"]
 
 
 class ReverseKLLoss(nn.Module):
-    """:func:`drkl_triton.reverse_kl` with its options fixed. Options, errors and formula are those of the function.
+    """:func:`drkl_triton.reverse_kl` with its options fixed. Options, errors and formula are those
+    of the function.
 
-    ``forward(student_logits, teacher_logits, labels=None, *, weight=None, num_items=None)`` takes ``[..., V]`` logits and ``[...]``
-    labels and weights; wrong options raise already in ``__init__``.
+    ``forward(student_logits, teacher_logits, labels=None, *, weight=None, num_items=None)`` takes
+    ``[..., V]`` logits and ``[...]`` labels and weights; wrong options raise already in
+        ``__init__``.
     """
 
     def __init__(
@@ -55,7 +59,12 @@ class ReverseKLLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> Any:
         return reverse_kl(
-            student_logits, teacher_logits, labels, weight=weight, num_items=num_items, **self.options
+            student_logits,
+            teacher_logits,
+            labels,
+            weight=weight,
+            num_items=num_items,
+            **self.options,
         )
 
     def extra_repr(self) -> str:
@@ -63,7 +72,9 @@ class ReverseKLLoss(nn.Module):
 
 
 class DRKLLoss(ReverseKLLoss):
-    """:func:`drkl_triton.drkl` with its options, ``gamma`` (default 0.5) included, fixed; ``forward`` needs labels."""
+    """:func:`drkl_triton.drkl` with its options, ``gamma`` (default 0.5) included, fixed;
+    ``forward`` needs labels.
+    """
 
     def __init__(self, *, gamma: float | Tensor = 0.5, **options: Any):
         super().__init__(**options)
@@ -79,4 +90,11 @@ class DRKLLoss(ReverseKLLoss):
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Any:
-        return drkl(student_logits, teacher_logits, labels, weight=weight, num_items=num_items, **self.options)
+        return drkl(
+            student_logits,
+            teacher_logits,
+            labels,
+            weight=weight,
+            num_items=num_items,
+            **self.options,
+        )

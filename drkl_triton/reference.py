@@ -1,21 +1,23 @@
-r"""The truth: dense, differentiable PyTorch, one definition that tests, benchmarks and documents are held against.
+r"""The truth: dense, differentiable PyTorch, one definition that tests, benchmarks and documents
+are held against.
 
-It holds several tensors of the size of the logits and is meant to be read, not to be fast. Arithmetic is in the dtype of the
-logits (the wider of the two): convert to float64 for a truth, to float32 for what plain PyTorch makes of it. Everything can be
-differentiated, twice as well. Arguments and results are those of the functions of the same names in ``drkl_triton``; nothing
-is validated.
+It holds several tensors of the size of the logits and is meant to be read, not to be fast.
+Arithmetic is in the dtype of the logits (the wider of the two): convert to float64 for a truth, to
+float32 for what plain PyTorch makes of it. Everything can be differentiated, twice as well.
+Arguments and results are those of the functions of the same names in ``drkl_triton``; nothing is
+validated.
 
 Every edge is decided by looking at the logits, never at a probability that may have underflowed:
 
-====================================================== ============================ ======================
-the row                                                loss                         gradient
-====================================================== ============================ ======================
-teacher -inf where the student is finite               +inf                         0
-both -inf, or the student alone                        the term is 0                0 there
-student -inf at the label                              -log(1 - p_y) + gamma N      0 at the label
-student finite at the label only                       -log p_y                     0
-one side -inf everywhere; NaN or +inf                  NaN                          NaN
-====================================================== ============================ ======================
+======================================  ========================  ==============
+the row                                 loss                      gradient
+======================================  ========================  ==============
+teacher -inf where student is finite    +inf                      0
+both -inf, or the student alone         the term is 0             0 there
+student -inf at the label               -log(1 - p_y) + gamma N   0 at the label
+student finite at the label only        -log p_y                  0
+one side -inf everywhere; NaN or +inf   NaN                       NaN
+======================================  ========================  ==============
 """
 
 from __future__ import annotations
@@ -40,25 +42,46 @@ def log_softmax(logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
 
 
 def _relative(x: Tensor, temperature: float | Tensor) -> Tensor:
-    """(x - max x) / temperature: scaling before subtracting would round numbers of the size of the maximum."""
+    """(x - max x) / temperature: scaling before subtracting would round numbers of the size of the
+    maximum.
+    """
     top = x.detach().amax(-1, keepdim=True)
     return (x - torch.where(top == -INF, 0.0, top)) / temperature
 
 
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options):
-    """KL(q || p); with labels computed as KL(b_q || b_p) + (1 - q_y) KL(q^ || p^), which is exactly the same."""
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
+):
+    """KL(q || p); with labels computed as KL(b_q || b_p) + (1 - q_y) KL(q^ || p^), which is exactly
+    the same.
+    """
     return _divergence(student_logits, teacher_logits, labels, None, **options)
 
 
-def drkl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma: float | Tensor = 0.5, **options):
+def drkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float | Tensor = 0.5,
+    **options,
+):
     """KL(b_q || b_p) + gamma KL(q^ || p^): our reading of Equation 9 of arXiv 2604.00223."""
     return _divergence(student_logits, teacher_logits, labels, gamma, **options)
 
 
-def split(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float | Tensor = 1.0, support: str = "full"):
-    """(target_kl, nontarget_kl, u): KL(b_q || b_p), N = KL(q^ || p^), and the log-odds u of q_y, each [...].
+def split(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    support: str = "full",
+):
+    """(target_kl, nontarget_kl, u): KL(b_q || b_p), N = KL(q^ || p^), and the log-odds u of q_y,
+    each [...].
 
-    labels [...] in [0, V). For rows whose parts are finite; ``reverse_kl`` and ``drkl`` decide the others.
+    labels [...] in [0, V). For rows whose parts are finite; ``reverse_kl`` and ``drkl`` decide the
+    others.
     """
     s, t = _on_support(student, teacher, support)
     y = labels[..., None]
@@ -71,12 +94,18 @@ def split(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float |
 
 
 def _sigmoid(u: Tensor) -> Tensor:
-    """torch.sigmoid differentiates to y (1 - y), which is 0 from u = 37 on in float64; this keeps exp(-u)."""
+    """torch.sigmoid differentiates to y (1 - y), which is 0 from u = 37 on in float64; this keeps
+    exp(-u).
+    """
     return logsigmoid(u).exp()
 
 
-def _log_odds(x: Tensor, y: Tensor, rest: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(x_y - logsumexp of the rest, log-probabilities of the rest among themselves, -inf at the label)."""
+def _log_odds(
+    x: Tensor, y: Tensor, rest: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x_y - logsumexp of the rest, log-probabilities of the rest among themselves, -inf at the
+    label).
+    """
     others = torch.where(rest, x, -INF)
     z = _relative(others, temperature)
     # with nothing but the label the log-odds are +inf, a constant
@@ -85,7 +114,8 @@ def _log_odds(x: Tensor, y: Tensor, rest: Tensor, temperature: float | Tensor) -
     top = others.detach().amax(-1, keepdim=True)
     x_y = (x.gather(-1, y) - torch.where(top == -INF, 0.0, top)) / temperature
     u = torch.where(alone, INF, x_y - torch.logsumexp(z, -1, keepdim=True))
-    # log_softmax, not z - logsumexp(z): sharing the node would add the two parts' gradients before the large terms cancel
+    # log_softmax, not z - logsumexp(z): sharing the node would add the two parts' gradients before
+    # the large terms cancel
     return u[..., 0], torch.where(alone, -INF, torch.log_softmax(z, -1))
 
 
@@ -95,8 +125,12 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _times(weight: Tensor, x: Tensor, present: Tensor) -> Tensor:
-    """weight * x where ``present``, else 0; both factors are replaced first, so that no inf or NaN enters the gradient."""
-    return torch.where(present, torch.where(present, weight, 0.0) * torch.where(present, x, 0.0), 0.0)
+    """weight * x where ``present``, else 0; both factors are replaced first, so that no inf or NaN
+    enters the gradient.
+    """
+    return torch.where(
+        present, torch.where(present, weight, 0.0) * torch.where(present, x, 0.0), 0.0
+    )
 
 
 def _on_support(s: Tensor, t: Tensor, support: str) -> tuple[Tensor, Tensor]:
@@ -141,10 +175,13 @@ def _divergence(
     missing = (t == -INF) & (s != -INF)
     is_inf = missing.any(-1) & ~is_nan
     special = ignored | is_nan | is_inf
-    # rows decided by an edge go through the formulas as flat rows, so that no NaN reaches a gradient
+    # rows decided by an edge go through the formulas as flat rows, so that no NaN reaches a
+    # gradient
     s_row, t_row = (torch.where(special[..., None], 0.0, x) for x in (s, t))
     target, nontarget, u = split(s_row, t_row, torch.where(has_label, y, 0), temperature)
-    loss = _kl(log_softmax(s_row, temperature=temperature), log_softmax(t_row, temperature=temperature))
+    loss = _kl(
+        log_softmax(s_row, temperature=temperature), log_softmax(t_row, temperature=temperature)
+    )
     if labels is not None:
         weight_of_rest = _sigmoid(-u) if gamma is None else gamma
         loss = torch.where(has_label, target + weight_of_rest * nontarget, loss)
@@ -159,7 +196,9 @@ def _divergence(
     if not return_metrics:
         return reduced
     with torch.no_grad():
-        return reduced, _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labels is not None)
+        return reduced, _metrics(
+            loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labels is not None
+        )
 
 
 def _is_bad(x: Tensor) -> Tensor:
@@ -172,7 +211,11 @@ def _reduce(loss, ignored, weight, reduction, num_items):
         return loss
     if reduction == "sum":
         return loss.sum()
-    denominator = weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=loss.dtype, device=loss.device)
+    denominator = (
+        weight.sum()
+        if num_items is None
+        else torch.as_tensor(num_items, dtype=loss.dtype, device=loss.device)
+    )
     return loss.sum() * 0.0 if denominator == 0 else loss.sum() / denominator
 
 
@@ -191,6 +234,11 @@ def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, la
     _, _, v = split(t, t, y, temperature)
     at_label = missing.gather(-1, y[..., None])[..., 0]
     elsewhere = missing.scatter(-1, y[..., None], False).any(-1)
-    fields = (torch.where(at_label, INF, target), torch.where(elsewhere, INF, nontarget), u.sigmoid(), v.sigmoid())
+    fields = (
+        torch.where(at_label, INF, target),
+        torch.where(elsewhere, INF, nontarget),
+        u.sigmoid(),
+        v.sigmoid(),
+    )
     unknown = is_nan | ~has_label
     return RowMetrics(loss.detach(), *(clean(x, unknown) for x in fields), clean(entropy, is_nan))

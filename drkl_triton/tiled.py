@@ -1,7 +1,9 @@
-"""The kernels' sums and gradients in plain PyTorch, a few rows at a time in reused scratch: any device, no Triton.
+"""The kernels' sums and gradients in plain PyTorch, a few rows at a time in reused scratch: any
+device, no Triton.
 
-Same signatures, same tables and same edges as ``drkl_triton.kernels``. A tile is at most TILE elements, so the extra memory is a
-few MB whatever the size of the logits. A row longer than TILE is walked in several tiles whose sums are merged.
+Same signatures, same tables and same edges as ``drkl_triton.kernels``. A tile is at most TILE
+elements, so the extra memory is a few MB whatever the size of the logits. A row longer than TILE is
+walked in several tiles whose sums are merged.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 from ._layout import Rows
 from .algebra import IGNORED, INVALID, SUMS, merge
 
-# Elements of a tile: three float32 scratch buffers of this size (3 MB) stay within the second-level caches of two cores.
+# Elements of a tile: three float32 scratch buffers of this size (3 MB) stay within the second-level
+# caches of two cores.
 TILE = 1 << 18
 # Rows of a tile at most: more does not make the loops longer in any way that matters.
 TILE_ROWS = 8
@@ -42,14 +45,21 @@ class _Scratch:
 
 def _tile(rows: Rows, i: int, j: int, c: int, e: int) -> Tensor:
     """Rows i:j (evenly spaced), columns c:e, as a view."""
-    start = rows.tensor.storage_offset() + (i // rows.inner) * rows.strides[0] + (i % rows.inner) * rows.strides[1] + c
+    start = (
+        rows.tensor.storage_offset()
+        + (i // rows.inner) * rows.strides[0]
+        + (i % rows.inner) * rows.strides[1]
+        + c
+    )
     return rows.tensor.as_strided((j - i, e - c), (rows.strides[1], 1), start)
 
 
 def _slabs(N: int, height: int, *operands: Rows, label: Tensor | None = None):
-    """Ranges (i, j) of at most ``height`` rows that are evenly spaced in every operand, without rows that are not read.
+    """Ranges (i, j) of at most ``height`` rows that are evenly spaced in every operand, without
+    rows that are not read.
 
-    On the CPU the labels are looked at; elsewhere that would stall the device, so all rows are walked and masked afterwards.
+    On the CPU the labels are looked at; elsewhere that would stall the device, so all rows are
+    walked and masked afterwards.
     """
     skipped = [False] * N
     if label is not None and label.device.type == "cpu":
@@ -85,7 +95,15 @@ def row_sums(
         parts = None
         for c, e in scratch.column_tiles(V):
             s, t = _tile(student, i, j, c, e), _tile(teacher, i, j, c, e)
-            args = (s, t, label[i:j] - c, inv_temperature, scratch.tiles(j - i, e - c), teacher_support, entropy)
+            args = (
+                s,
+                t,
+                label[i:j] - c,
+                inv_temperature,
+                scratch.tiles(j - i, e - c),
+                teacher_support,
+                entropy,
+            )
             part = _tile_sums(*args, careful=label.device.type != "cpu")
             if not (label.device.type != "cpu" or part[2].isfinite().all()):
                 part = _tile_sums(*args, careful=True)
@@ -97,7 +115,9 @@ def row_sums(
 
 
 def _tile_sums(s, t, label, inv_temperature, buffers, teacher_support, entropy, careful):
-    """Sums [8, rows] of one tile. ``label`` counts from the tile's first column. Not ``careful``: `a` is NaN on any -inf."""
+    """Sums [8, rows] of one tile. ``label`` counts from the tile's first column. Not ``careful``:
+    `a` is NaN on any -inf.
+    """
     x, z, ratio = buffers
     x.copy_(s)
     z.copy_(t)
@@ -160,8 +180,9 @@ def row_grad(
             z.copy_(_tile(teacher, i, j, c, e))
             if teacher_support:
                 x.masked_fill_(z == -INF, -INF)
-            # A column the student leaves out has e = 0, and a finite ratio makes the product 0. The teacher's -inf stands
-            # only at such columns: a row where it meets a finite student has loss +inf and gradient 0.
+            # A column the student leaves out has e = 0, and a finite ratio makes the product 0. The
+            # teacher's -inf stands only at such columns: a row where it meets a finite student has
+            # loss +inf and gradient 0.
             x.sub_(m_s[rows]).clamp_min_(low)
             z.sub_(m_t[rows]).clamp_min_(low)
             torch.sub(x, z, out=ratio).mul_(w1[rows]).add_(w0[rows])
@@ -170,13 +191,19 @@ def row_grad(
             tile.copy_(x)
             inside = (read[rows] >= c) & (read[rows] < e)
             column = torch.where(inside, read[rows] - c, 0)[:, None]
-            tile.scatter_(1, column, torch.where(inside[:, None], at_label[rows].to(tile.dtype), tile.gather(1, column)))
+            tile.scatter_(
+                1,
+                column,
+                torch.where(inside[:, None], at_label[rows].to(tile.dtype), tile.gather(1, column)),
+            )
     if label.device.type != "cpu":
         out[:, :V] = torch.where(zero, 0.0, out[:, :V])
     return out
 
 
-def softmax_forward(logits: Rows, inv_temperature: Tensor, N: int, *, log: bool = False) -> tuple[Tensor, Tensor]:
+def softmax_forward(
+    logits: Rows, inv_temperature: Tensor, N: int, *, log: bool = False
+) -> tuple[Tensor, Tensor]:
     """(output [N, V], state [2, N]) (kernels/softmax.py)."""
     V, acc, device = logits.tensor.shape[-1], inv_temperature.dtype, logits.tensor.device
     y = new_output((N, V), logits.tensor.dtype, device)
@@ -188,7 +215,11 @@ def softmax_forward(logits: Rows, inv_temperature: Tensor, N: int, *, log: bool 
         d = torch.zeros_like(m)
         spans = scratch.column_tiles(V)
         for c, e in spans:
-            d += _exponents(logits, i, j, c, e, m, inv_temperature, scratch)[0].exp_().sum(1, keepdim=True)
+            d += (
+                _exponents(logits, i, j, c, e, m, inv_temperature, scratch)[0]
+                .exp_()
+                .sum(1, keepdim=True)
+            )
         log_d = d.log()
         for c, e in spans:
             x = _exponents(logits, i, j, c, e, m, inv_temperature, scratch)[0].sub_(log_d)
@@ -203,7 +234,9 @@ def _exponents(logits: Rows, i, j, c, e, m, inv_temperature, scratch):
     return x.copy_(_tile(logits, i, j, c, e)).sub_(m).mul_(inv_temperature), *rest
 
 
-def softmax_backward(logits: Rows, grad: Rows, inv_temperature: Tensor, state: Tensor, *, log: bool = False) -> Tensor:
+def softmax_backward(
+    logits: Rows, grad: Rows, inv_temperature: Tensor, state: Tensor, *, log: bool = False
+) -> Tensor:
     """The gradient [N, V] in the logits' dtype (kernels/softmax.py)."""
     V, N, device = logits.tensor.shape[-1], state.shape[-1], state.device
     dx = new_output((N, V), logits.tensor.dtype, device)

@@ -5,7 +5,6 @@ import threading
 
 import torch
 import triton.language as tl
-from triton import knobs
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -14,7 +13,9 @@ _interpreter_lock = threading.Lock()
 
 @contextlib.contextmanager
 def on_device(device):
-    """Launch on the tensors' own device, not on the current one; one thread at a time in the interpreter."""
+    """Launch on the tensors' own device, not on the current one; one thread at a time in the
+    interpreter.
+    """
     if device.type == "cpu":  # the interpreter keeps its grid position in module state
         with _interpreter_lock:
             yield
@@ -27,14 +28,17 @@ def on_device(device):
 
 
 def new_output(shape, dtype, device):
-    """Uninitialised memory for a kernel's output. The tests replace this function to fill it with NaN first."""
+    """Uninitialised memory for a kernel's output. The tests replace this function to fill it with
+    NaN first.
+    """
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def equally_aligned(*rows):
     """Whether row i of every operand lies equally far from a 16-byte boundary, for all i.
 
-    ``rows`` have ``tensor``, ``inner`` and ``strides``; row i starts at (i // inner) * strides[0] + (i % inner) * strides[1].
+    ``rows`` have ``tensor``, ``inner`` and ``strides``; row i starts at (i // inner) * strides[0] +
+        (i % inner) * strides[1].
     """
 
     def phase(r):

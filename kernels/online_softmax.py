@@ -2,15 +2,19 @@
 
 A state is six numbers for some set S of columns (k runs over S, x relative to the running maxima):
 
-    m_s = max s_k     d_s = sum 2^{scale (s_k - m_s)}     a = sum 2^{scale (s_k - m_s)} ((s_k - m_s) - (t_k - m_t))
-    m_t = max t_k     d_t = sum 2^{scale (t_k - m_t)}     h = sum 2^{scale (s_k - m_s)} (s_k - m_s)
+    m_s = max s_k     d_s = sum 2^{scale (s_k - m_s)}
+    m_t = max t_k     d_t = sum 2^{scale (t_k - m_t)}
+    a = sum 2^{scale (s_k - m_s)} ((s_k - m_s) - (t_k - m_t))
+    h = sum 2^{scale (s_k - m_s)} (s_k - m_s)
 
-with scale = log2(e) / temperature, so that a and h are in units of raw logits; algebra.py divides them by the temperature. The
-empty state is m = FLOOR, everything else 0, where FLOOR is the lowest finite number of the accumulator: it is below every
-finite logit and, unlike -inf, it can be subtracted. States of disjoint sets merge in any order.
+with scale = log2(e) / temperature, so that a and h are in units of raw logits; algebra.py divides
+them by the temperature. The empty state is m = FLOOR, everything else 0, where FLOOR is the lowest
+finite number of the accumulator: it is below every finite logit and, unlike -inf, it can be
+subtracted. States of disjoint sets merge in any order.
 
-A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the loop runs along VEC, inside one thread. The
-lanes are merged once, at the end of the row, so the loop over the vocabulary holds no barrier.
+A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the loop runs along VEC,
+inside one thread. The lanes are merged once, at the end of the row, so the loop over the vocabulary
+holds no barrier.
 """
 
 import triton
@@ -22,14 +26,17 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 @triton.jit
 def empty_lanes(LANES: tl.constexpr, ACC: tl.constexpr):
     """The empty state of every lane: (maximum, any sum), each [LANES]."""
-    # float32's own lowest number; -inf here would make (-inf) - (-inf) = NaN wherever a lane has seen nothing.
+    # float32's own lowest number; -inf here would make (-inf) - (-inf) = NaN wherever a lane has
+    # seen nothing.
     floor: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
     return tl.full([LANES], floor, ACC), tl.zeros([LANES], ACC)
 
 
 @triton.jit
 def add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY: tl.constexpr):
-    """Fold the columns of the tiles s, t [LANES, VEC] into the lanes' state. A column is absent where both are -inf."""
+    """Fold the columns of the tiles s, t [LANES, VEC] into the lanes' state. A column is absent
+    where both are -inf.
+    """
     new_s = tl.maximum(m_s, tl.max(s, axis=1))
     new_t = tl.maximum(m_t, tl.max(t, axis=1))
     d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY)
@@ -38,8 +45,9 @@ def add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY: tl.constexpr):
     e = tl.exp2(x * scale)
     d_s += tl.sum(e, axis=1)
     d_t += tl.sum(tl.exp2(z * scale), axis=1)
-    # 0 * inf is NaN: a column the student leaves out is selected by its logit, before any product. Where the student's
-    # logit is finite and the teacher's is -inf, x - z = +inf makes `a` non-finite even if e has underflowed to 0.
+    # 0 * inf is NaN: a column the student leaves out is selected by its logit, before any product.
+    # Where the student's logit is finite and the teacher's is -inf, x - z = +inf makes `a`
+    # non-finite even if e has underflowed to 0.
     absent = s == float("-inf")
     a += tl.sum(e * tl.where(absent, 0.0, x - z), axis=1)
     if ENTROPY:

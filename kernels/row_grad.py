@@ -3,8 +3,11 @@
     dstudent_k = 2^{scale (s_k - m_s) - log2d} (w1 ((s_k - m_s) - (t_k - m_t)) + w0)      k != label
     dstudent_label = at_label
 
-scalars[0:7, row] = m_s, m_t, log2d, w1, w0, at_label, fill     (fill: the value where the student's logit is -inf: 0 or NaN)
-A row whose log2d is +inf has gradient 0 everywhere and is not read. Reads 2 N V elements and writes N V, each once.
+scalars[0:7, row] = m_s, m_t, log2d, w1, w0, at_label, fill
+
+fill is the value where the student's logit is -inf: 0, or NaN in a row that is NaN.
+A row whose log2d is +inf has gradient 0 everywhere and is not read. Reads 2 N V elements and writes
+N V, each once.
 """
 
 import triton
@@ -45,8 +48,10 @@ def to_output(g, OUT: tl.constexpr):
 
 
 @triton.jit
-def store_zeros(row_ptr, head, body, V, LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr,
-                ALIGNED: tl.constexpr):  # fmt: skip
+def store_zeros(
+    row_ptr, head, body, V,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """Zero this program's share of a row."""
     ptr = body_pointer(row_ptr, head, ALIGNED)
     zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
@@ -55,7 +60,11 @@ def store_zeros(row_ptr, head, body, V, LANES: tl.constexpr, VEC: tl.constexpr, 
         tl.store(ptr + tile_offsets(i, LANES, VEC), zeros)
     if is_end:
         tile = body // LANES
-        tl.store(ptr + tile_offsets(tile, LANES, VEC), zeros, mask=vector_mask(tile, body, -1, LANES, VEC))
+        tl.store(
+            ptr + tile_offsets(tile, LANES, VEC),
+            zeros,
+            mask=vector_mask(tile, body, -1, LANES, VEC),
+        )
         cols, mask = end_columns(head, body, -1, V, LANES, VEC)
         tl.store(row_ptr + cols, zeros, mask=mask)
 
@@ -63,8 +72,8 @@ def store_zeros(row_ptr, head, body, V, LANES: tl.constexpr, VEC: tl.constexpr, 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
 def row_grad_kernel(
     student_ptr, teacher_ptr, label_ptr, scale_ptr, scalars_ptr, dstudent_ptr,
-    stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64, stride_d: tl.int64,
-    inner_s, inner_t, V,
+    stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
+    stride_d: tl.int64, inner_s, inner_t, V,
     LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +129,12 @@ def row_grad_kernel(
             tl.store(d_row + cols, to_output(g, OUT), mask=mask)
 
 
-def row_grad(student, teacher, label, inv_temperature, scalars, V, *, teacher_support=False, splits=None):
-    """Launch the gradient. student, teacher: rows; scalars [7, N]. Returns [N, columns of student] in the student's dtype."""
+def row_grad(
+    student, teacher, label, inv_temperature, scalars, V, *, teacher_support=False, splits=None
+):
+    """Launch the gradient. student, teacher: rows; scalars [7, N]. Returns [N, columns of student]
+    in the student's dtype.
+    """
     N, columns = label.numel(), student.tensor.shape[-1]
     dstudent = launch.new_output((N, columns), student.tensor.dtype, label.device)
     if N == 0:
@@ -134,6 +147,7 @@ def row_grad(student, teacher, label, inv_temperature, scalars, V, *, teacher_su
             student.tensor, teacher.tensor, label, inv_temperature, scalars, dstudent,
             *student.strides, *teacher.strides, columns, student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, num_warps=tile.num_warps,
-            ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned, TEACHER_SUPPORT=teacher_support,
+            ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned,
+            TEACHER_SUPPORT=teacher_support,
         )  # fmt: skip
     return dstudent

@@ -1,12 +1,12 @@
 """Scan each row once for the sums that softmax, RKL and DRKL and their gradients are made of.
 
-    sums[0:6, row] = m_s, d_s, a, h, m_t, d_t   over the columns k != label   (see online_softmax.py)
+    sums[0:6, row] = m_s, d_s, a, h, m_t, d_t   over the columns k != label (online_softmax.py)
     sums[6:8, row] = s_label, t_label
 
-Reads 2 N V elements, writes 8 N. With SPLITS > 1 every program writes the sums of its share and merge_sums_kernel adds them up.
+Reads 2 N V elements, writes 8 N. With SPLITS > 1 every program writes the sums of its share and
+merge_sums_kernel adds them up.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -57,7 +57,8 @@ def row_sums_kernel(
     LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    # Invariant: the lanes' states together hold exactly the columns walked so far, the label's never.
+    # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
+    # never.
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
@@ -108,7 +109,8 @@ def row_sums_kernel(
 @triton.jit
 def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexpr,
                       ACC: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    # Invariant: sums = the merged parts[0:SPLITS]; the label's logits come from the last part, which alone has them.
+    # Invariant: sums = the merged parts[0:SPLITS]; the label's logits come from the last part,
+    # which alone has them.
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
@@ -129,8 +131,20 @@ def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexp
     tl.store(sums_ptr + 7 * N + row, tl.load(last + 7 * N))
 
 
-def row_sums(student, teacher, label, inv_temperature, V, *, teacher_support=False, entropy=False, splits=None):
-    """Launch the scan. student, teacher: launch.Rows; label int64 [N]; inv_temperature 0-dim. Returns sums [8, N]."""
+def row_sums(
+    student,
+    teacher,
+    label,
+    inv_temperature,
+    V,
+    *,
+    teacher_support=False,
+    entropy=False,
+    splits=None,
+):
+    """Launch the scan. student, teacher: launch.Rows; label int64 [N]; inv_temperature 0-dim.
+    Returns sums [8, N].
+    """
     N, acc = label.numel(), inv_temperature.dtype
     tile = tuning.choose(V, student, teacher, rows=N, splits=splits)
     out = lambda *shape: launch.new_output(shape, acc, label.device)  # noqa: E731
@@ -144,9 +158,12 @@ def row_sums(student, teacher, label, inv_temperature, V, *, teacher_support=Fal
             student.tensor, teacher.tensor, label, inv_temperature, parts,
             *student.strides, *teacher.strides, student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, num_warps=tile.num_warps,
-            ALIGNED=launch.equally_aligned(student, teacher), TEACHER_SUPPORT=teacher_support, **flags,
+            ALIGNED=launch.equally_aligned(student, teacher),
+            TEACHER_SUPPORT=teacher_support, **flags,
         )  # fmt: skip
         if tile.splits > 1:
             block = triton.next_power_of_2(tile.splits)
-            merge_sums_kernel[(N,)](parts, inv_temperature, sums, tile.splits, BLOCK=block, num_warps=1, **flags)
+            merge_sums_kernel[(N,)](
+                parts, inv_temperature, sums, tile.splits, BLOCK=block, num_warps=1, **flags
+            )
     return sums

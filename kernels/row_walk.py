@@ -1,14 +1,17 @@
-"""How a row of V columns is cut so that the loop over it needs no mask and loads 16 bytes at a time, for every V.
+"""How a row of V columns is cut so that the loop over it needs no mask and loads 16 bytes at a
+time, for every V.
 
-    columns   0 ... head-1 | body: whole 16-byte vectors of VEC columns, from a 16-byte boundary on | tail (< VEC columns)
+    columns   head (< VEC columns) | body: 16-byte vectors, 16-byte aligned | tail (< VEC columns)
     body      tiles of LANES vectors, without a mask | one last tile, masked by whole vectors
     ends      one small tile whose first lanes hold: head, tail, and the vector with the label in it
 
-A mask on single columns would turn a 16-byte load into eight 2-byte ones; a mask on whole vectors does not. So the label's
-vector is left out of its tile by a vector mask, and the ends, loaded column by column, make up for it. The label costs O(1) a row.
+A mask on single columns would turn a 16-byte load into eight 2-byte ones; a mask on whole vectors
+does not. So the label's vector is left out of its tile by a vector mask, and the ends, loaded
+column by column, make up for it. The label costs O(1) a row.
 
-ALIGNED promises that all rows walked together lie equally far from a 16-byte boundary. Without it (student and teacher offset
-differently, or of different dtypes) the same walk starts at column 0 and the loads are narrower; the result is the same.
+ALIGNED promises that all rows walked together lie equally far from a 16-byte boundary. Without it
+(student and teacher offset differently, or of different dtypes) the same walk starts at column 0
+and the loads are narrower; the result is the same.
 """
 
 import triton
@@ -17,7 +20,9 @@ import triton.language as tl
 # Labels that are no column. algebra.py and the tiled backend use the same numbers.
 NO_LABEL: tl.constexpr = tl.constexpr(-1)  # all columns count
 IGNORED: tl.constexpr = tl.constexpr(-2)  # the row is not read
-INVALID: tl.constexpr = tl.constexpr(-3)  # a label outside the vocabulary: the row is not read and its loss is NaN
+INVALID: tl.constexpr = tl.constexpr(
+    -3
+)  # a label outside the vocabulary: the row is not read and its loss is NaN
 
 
 @triton.jit
@@ -47,14 +52,18 @@ def body_pointer(row_ptr, head, ALIGNED: tl.constexpr):
 
 @triton.jit
 def label_vector(label, head, body, VEC: tl.constexpr):
-    """The number of the body's vector with the label in it; -1 where the label lies in head or tail, or is none."""
+    """The number of the body's vector with the label in it; -1 where the label lies in head or
+    tail, or is none.
+    """
     inside = (label >= head) & (label < head + body * VEC)
     return tl.where(inside, (label - head) // VEC, -1)
 
 
 @triton.jit
 def split_tiles(body, LANES: tl.constexpr, SPLITS: tl.constexpr):
-    """(first, last, is_end): the unmasked tiles of this program along grid axis 1, and whether it does the masked rest."""
+    """(first, last, is_end): the unmasked tiles of this program along grid axis 1, and whether it
+    does the masked rest.
+    """
     tiles = body // LANES
     each = tl.cdiv(tiles, SPLITS)
     split = tl.program_id(1)
@@ -71,14 +80,18 @@ def tile_offsets(tile, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def vector_mask(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Mask [LANES, VEC] of the tile's vectors inside the body, without vector `skip`; constant along VEC."""
+    """Mask [LANES, VEC] of the tile's vectors inside the body, without vector `skip`; constant
+    along VEC.
+    """
     vector = tile * LANES + tl.arange(0, LANES)
     return ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, VEC) >= 0)[None, :]
 
 
 @triton.jit
 def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns and mask [LANES, VEC] of what the body's tiles leave over: head, tail and the vector `skip` (-1: none)."""
+    """Columns and mask [LANES, VEC] of what the body's tiles leave over: head, tail and the vector
+    `skip` (-1: none).
+    """
     lane = tl.arange(0, LANES)[:, None]
     start = tl.where(lane == 0, 0, tl.where(lane == 1, head + body * VEC, head + skip * VEC))
     stop = tl.where(lane == 0, head, tl.where(lane == 1, V, start + VEC))

@@ -1,11 +1,15 @@
-"""softmax and log_softmax over rows, forward and backward, each as one scan for a row's sums and one pass that writes.
+"""softmax and log_softmax over rows, forward and backward, each as one scan for a row's sums and
+one pass that writes.
 
     forward    sums m = max x_k, d = sum 2^{scale (x_k - m)}; with p_k = 2^{scale (x_k - m)} / d
-               softmax: p_k                                 log_softmax: ((x_k - m) / temperature) - log d
+               softmax      p_k
+               log_softmax  (x_k - m) / temperature - log d
     backward   from the upstream gradient g, p recomputed from x and (m, log2 d)
-               softmax: p_k (g_k - sum g p) / temperature   log_softmax: (g_k - p_k sum g) / temperature
+               softmax      p_k (g_k - sum g p) / temperature
+               log_softmax  (g_k - p_k sum g) / temperature
 
-The forward reads 2 N V elements and writes N V; the backward reads 4 N V (log_softmax 3) and writes N V. Saved between: x, 2 N.
+The forward reads 2 N V elements and writes N V; the backward reads 4 N V (log_softmax 3) and writes
+N V. Saved between: x, 2 N.
 """
 
 import triton
@@ -42,7 +46,8 @@ def merge_exponentials(m, d, scale):
 @triton.jit(do_not_specialize=["inner", "V"])
 def softmax_sums_kernel(
     logits_ptr, scale_ptr, sums_ptr, stride_o: tl.int64, stride_i: tl.int64, inner, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # sums[split, 0:2, row] = m, d of this program's columns
     row = tl.program_id(0).to(tl.int64)
@@ -58,7 +63,9 @@ def softmax_sums_kernel(
         m, d = add_exponentials(m, d, x, scale)
     if is_end:
         mask = vector_mask(body // LANES, body, -1, LANES, VEC)
-        x = tl.load(x_body + tile_offsets(body // LANES, LANES, VEC), mask=mask, other=float("-inf")).to(ACC)
+        x = tl.load(
+            x_body + tile_offsets(body // LANES, LANES, VEC), mask=mask, other=float("-inf")
+        ).to(ACC)
         m, d = add_exponentials(m, d, x, scale)
         cols, mask = end_columns(head, body, -1, V, LANES, VEC)
         x = tl.load(x_row + cols, mask=mask, other=float("-inf")).to(ACC)
@@ -99,8 +106,8 @@ def output(x, scale, m, log2d, LOG: tl.constexpr):
 def softmax_kernel(
     logits_ptr, scale_ptr, sums_ptr, out_ptr, state_ptr,
     stride_o: tl.int64, stride_i: tl.int64, stride_y: tl.int64, inner, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, LOG: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, ALIGNED: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
@@ -131,8 +138,12 @@ def softmax_kernel(
 
 
 @triton.jit
-def load_backward(x_ptr, g_ptr, offs, mask, scale, m, log2d, ACC: tl.constexpr, NEED_P: tl.constexpr):
-    """(g, p) of a tile; masked columns have g = p = 0. Without NEED_P the logits are not read and p is 1."""
+def load_backward(
+    x_ptr, g_ptr, offs, mask, scale, m, log2d, ACC: tl.constexpr, NEED_P: tl.constexpr
+):
+    """(g, p) of a tile; masked columns have g = p = 0. Without NEED_P the logits are not read and p
+    is 1.
+    """
     # -inf gives a masked column p = 0 without a select
     g = load_tile(g_ptr + offs, mask, 0.0, ACC)
     if NEED_P:
@@ -163,7 +174,9 @@ def softmax_dot_kernel(
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     total = tl.zeros([LANES], ACC)
     for i in range(first, last):
-        g, p = load_backward(x_body, g_body, tile_offsets(i, LANES, VEC), None, scale, m, log2d, ACC, not LOG)
+        g, p = load_backward(
+            x_body, g_body, tile_offsets(i, LANES, VEC), None, scale, m, log2d, ACC, not LOG
+        )
         total += tl.sum(g * p, axis=1)
     if is_end:
         offs = tile_offsets(body // LANES, LANES, VEC)
@@ -187,10 +200,11 @@ def input_gradient(g, p, dot, inv_temperature, LOG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["inner", "inner_g", "V"])
 def softmax_grad_kernel(
-    logits_ptr, scale_ptr, state_ptr, grad_ptr, dot_ptr, dx_ptr, stride_o: tl.int64, stride_i: tl.int64,
-    stride_go: tl.int64, stride_gi: tl.int64, stride_d: tl.int64, inner, inner_g, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, LOG: tl.constexpr,
+    logits_ptr, scale_ptr, state_ptr, grad_ptr, dot_ptr, dx_ptr,
+    stride_o: tl.int64, stride_i: tl.int64, stride_go: tl.int64, stride_gi: tl.int64,
+    stride_d: tl.int64, inner, inner_g, V,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, ALIGNED: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
@@ -199,7 +213,9 @@ def softmax_grad_kernel(
     scale = inv_t * LOG2E
     m, log2d = tl.load(state_ptr + row), tl.load(state_ptr + N + row)
     part = tl.arange(0, BLOCK)
-    dot = tl.sum(tl.load(dot_ptr + part.to(tl.int64) * N + row, mask=part < SPLITS, other=0.0), axis=0)
+    dot = tl.sum(
+        tl.load(dot_ptr + part.to(tl.int64) * N + row, mask=part < SPLITS, other=0.0), axis=0
+    )
     x_row = row_pointer(logits_ptr, row, stride_o, stride_i, inner)
     g_row = row_pointer(grad_ptr, row, stride_go, stride_gi, inner_g)
     d_row = dx_ptr + row * stride_d
@@ -224,12 +240,17 @@ def softmax_grad_kernel(
 
 def _flags(tile, acc):
     return dict(
-        LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, ACC=launch.TL_DTYPE[acc], num_warps=tile.num_warps
-    )  # fmt: skip
+        LANES=tile.lanes,
+        VEC=tile.vec,
+        SPLITS=tile.splits,
+        ACC=launch.TL_DTYPE[acc],
+        num_warps=tile.num_warps,
+    )
 
 
 def softmax_forward(logits, inv_temperature, N, *, log=False, splits=None):
-    """Launch. logits: rows; inv_temperature 0-dim in the accumulator's dtype. Returns (output [N, V], state [2, N]).
+    """Launch. logits: rows; inv_temperature 0-dim in the accumulator's dtype. Returns (output [N,
+    V], state [2, N]).
 
     state = m, log2 d: what the backward needs besides the logits.
     """
@@ -243,7 +264,14 @@ def softmax_forward(logits, inv_temperature, N, *, log=False, splits=None):
     flags = _flags(tile, acc)
     with launch.on_device(device):
         softmax_sums_kernel[(N, tile.splits)](
-            logits.tensor, inv_temperature, sums, *logits.strides, logits.inner, V, ALIGNED=True, **flags
+            logits.tensor,
+            inv_temperature,
+            sums,
+            *logits.strides,
+            logits.inner,
+            V,
+            ALIGNED=True,
+            **flags,
         )
         softmax_kernel[(N, tile.splits)](
             logits.tensor, inv_temperature, sums, y, state, *logits.strides, V, logits.inner, V,
@@ -254,7 +282,9 @@ def softmax_forward(logits, inv_temperature, N, *, log=False, splits=None):
 
 
 def softmax_backward(logits, grad, inv_temperature, state, *, log=False, splits=None):
-    """Launch. grad: rows of the upstream gradient; state from softmax_forward. Returns [N, V] in the logits' dtype."""
+    """Launch. grad: rows of the upstream gradient; state from softmax_forward. Returns [N, V] in
+    the logits' dtype.
+    """
     V, N, device = logits.tensor.shape[-1], state.shape[-1], state.device
     tile = tuning.choose(V, logits, grad, rows=N, splits=splits)
     dx = launch.new_output((N, V), logits.tensor.dtype, device)
@@ -266,7 +296,13 @@ def softmax_backward(logits, grad, inv_temperature, state, *, log=False, splits=
     strides = (*logits.strides, *grad.strides)
     with launch.on_device(device):
         softmax_dot_kernel[(N, tile.splits)](
-            *operands, *strides, logits.inner, grad.inner, V, ALIGNED=launch.equally_aligned(logits, grad), **flags
+            *operands,
+            *strides,
+            logits.inner,
+            grad.inner,
+            V,
+            ALIGNED=launch.equally_aligned(logits, grad),
+            **flags,
         )
         softmax_grad_kernel[(N, tile.splits)](
             *operands, dx, *strides, V, logits.inner, grad.inner, V,

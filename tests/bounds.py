@@ -1,11 +1,12 @@
 """How far an implementation may be from the truth: DESIGN "what right means", in code.
 
     truth      drkl_triton.reference in float64 on the same inputs
-    baseline   drkl_triton.reference in float32 (float64 inputs: float64), gradient rounded once to the input's dtype
-    gradients  |ours - truth| <= 2 |baseline - truth| + 8 eps kappa + 2 eps_out |truth|     element by element
+    baseline   drkl_triton.reference in float32 (float64 inputs: float64), gradient rounded once
+    gradients  |ours - truth| <= 2 |baseline - truth| + 8 eps kappa + 2 eps_out |truth|  elementwise
     losses     |ours - truth| <= 2 |baseline - truth| + 16 eps (1 + gamma) (1 + |truth|)
 
-kappa is an element's condition: the absolute values of the terms it is made of, times 1 + |log q| for the exponential.
+kappa is an element's condition: the absolute values of the terms it is made of, times 1 + |log q|
+for the exponential.
 """
 
 import torch
@@ -24,7 +25,9 @@ def run(function, student, teacher, labels, upstream, **options):
 
 
 def truth_and_baseline(name, student, teacher, labels, upstream, **options):
-    """Two (loss, gradient) pairs from the reference: in float64, and in float32 rounded to the student's dtype."""
+    """Two (loss, gradient) pairs from the reference: in float64, and in float32 rounded to the
+    student's dtype.
+    """
     function = getattr(reference, name)
     truth = run(function, student.double(), teacher.double(), labels, upstream, **options)
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)

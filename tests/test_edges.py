@@ -1,4 +1,6 @@
-"""-inf, NaN and +inf: the table of DESIGN's edges, value and gradient, by hand and against the reference."""
+"""-inf, NaN and +inf: the table of DESIGN's edges, value and gradient, by hand and against the
+reference.
+"""
 
 import math
 

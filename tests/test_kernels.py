@@ -1,4 +1,6 @@
-"""The walk over a row: splits, alignment, strides. Triton's interpreter, and the tiled backend where it applies."""
+"""The walk over a row: splits, alignment, strides. Triton's interpreter, and the tiled backend
+where it applies.
+"""
 
 import pytest
 import torch
@@ -68,9 +70,12 @@ def test_merged_sums_are_the_sums_of_the_whole():
     s, t = torch.randn(3, 90).double(), torch.randn(3, 90).double()
     s[0, :30] = t[0, :30] = -float("inf")
     label = torch.tensor([algebra.NO_LABEL] * 3)
-    cut = lambda a, b: tiled.row_sums(
-        rows_of(s[:, a:b]), rows_of(t[:, a:b]), label, ONE.double(), b - a, entropy=True
-    )  # noqa: E731
+
+    def cut(a, b):
+        return tiled.row_sums(
+            rows_of(s[:, a:b]), rows_of(t[:, a:b]), label, ONE.double(), b - a, entropy=True
+        )
+
     parts = [cut(0, 30), cut(30, 31), cut(31, 90)]
     whole = cut(0, 90)
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
@@ -81,7 +86,9 @@ def test_merged_sums_are_the_sums_of_the_whole():
 
 
 def offset(x, columns):
-    """The same values in memory whose rows start ``columns`` elements later and lie that much further apart."""
+    """The same values in memory whose rows start ``columns`` elements later and lie that much
+    further apart.
+    """
     room = torch.full((*x.shape[:-1], x.shape[-1] + columns), float("nan"), dtype=x.dtype)
     room[..., columns:] = x
     return room[..., columns:]

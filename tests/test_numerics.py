@@ -1,4 +1,6 @@
-"""Errors against float64, element by element, for the tiled backend and the interpreted kernels (bounds.py)."""
+"""Errors against float64, element by element, for the tiled backend and the interpreted kernels
+(bounds.py).
+"""
 
 from functools import lru_cache
 
@@ -24,7 +26,9 @@ LOSSES = [("reverse_kl", False), ("reverse_kl", True), ("drkl", True)]
 
 @lru_cache(maxsize=4)
 def regimes(V, dtype):
-    """(student, teacher, labels, upstream): one row a regime; the upstream gradient is random, never ones."""
+    """(student, teacher, labels, upstream): one row a regime; the upstream gradient is random,
+    never ones.
+    """
     draw = torch.Generator().manual_seed(V)
     s, t = (torch.randn(7, V, generator=draw) for _ in range(2))
     y = torch.randint(V, (7,), generator=draw)

@@ -1,4 +1,6 @@
-"""The reference is the truth the rest is held against, so it is held against the definitions themselves."""
+"""The reference is the truth the rest is held against, so it is held against the definitions
+themselves.
+"""
 
 import math
 
