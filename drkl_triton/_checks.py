@@ -5,6 +5,8 @@ expected, what came, what to do.
 from __future__ import annotations
 
 import math
+import os
+from importlib.util import find_spec
 from numbers import Integral, Real
 
 import torch
@@ -13,6 +15,14 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "tiled")
 REDUCTIONS = ("mean", "sum", "none")
+
+# Triton is optional. Only its own presence is asked for: a missing drkl_triton.kernels is a broken
+# install and raises.
+HAS_TRITON = find_spec("triton") is not None
+# Triton reads this when it decorates the kernels, so a later change would have no effect either.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
 def logits(name: str, x: Tensor) -> None:
@@ -191,3 +201,24 @@ def divergence_options(
     flag("return_metrics", return_metrics)
     positive("temperature", temperature)
     denominator(num_items, reduction)
+
+
+def backend(backend: str, tensor: Tensor) -> str:
+    """ "triton" or "tiled" for a checked ``backend`` argument and the device of ``tensor``."""
+    device = tensor.device.type
+    if backend == "auto":
+        return "triton" if HAS_TRITON and device in _TRITON_DEVICES else "tiled"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError(
+                'backend="triton" needs the triton package, which is not installed; install it or '
+                'use backend="tiled"'
+            )
+        if device not in _TRITON_DEVICES and not (device == "cpu" and INTERPRETING):
+            raise ValueError(
+                f'backend="triton" needs tensors on a GPU, got {device}; move them, use '
+                'backend="tiled", or set '
+                "TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter "
+                "on the CPU"
+            )
+    return backend

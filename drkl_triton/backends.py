@@ -1,12 +1,12 @@
-"""Which implementation runs, and the custom ops through which it is called.
+"""The custom ops through which the two implementations are called.
 
 The ops are what ``torch.compile`` sees: opaque calls with fake implementations. They take the
 logits as they come and find the rows inside, so that strides never end in a compiled graph. None of
 them writes to its inputs or waits for the device.
-"""
 
-import os
-from importlib.util import find_spec
+torch.compile traces nothing in this file: Dynamo skips every path with "triton/backends" in it, and
+"drkl_triton/backends.py" is one. So what is traced (choosing a backend, say) stands elsewhere.
+"""
 
 import torch
 from torch import Tensor
@@ -15,37 +15,9 @@ from . import tiled
 from ._layout import rows_of
 from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
 
-# Triton is optional. Only its own presence is asked for: a missing drkl_triton.kernels is a broken
-# install and raises.
-HAS_TRITON = find_spec("triton") is not None
-# Triton reads this when it decorates the kernels, so a later change would have no effect either.
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-_TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
-
-
-def choose(backend: str, tensor: Tensor) -> str:
-    """ "triton" or "tiled" for a checked ``backend`` argument and the device of ``tensor``."""
-    device = tensor.device.type
-    if backend == "auto":
-        return "triton" if HAS_TRITON and device in _TRITON_DEVICES else "tiled"
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ValueError(
-                'backend="triton" needs the triton package, which is not installed; install it or '
-                'use backend="tiled"'
-            )
-        if device not in _TRITON_DEVICES and not (device == "cpu" and INTERPRETING):
-            raise ValueError(
-                f'backend="triton" needs tensors on a GPU, got {device}; move them, use '
-                'backend="tiled", or set '
-                "TRITON_INTERPRET=1 before the import to run the kernels in Triton's interpreter "
-                "on the CPU"
-            )
-    return backend
-
 
 def _implementation(name: str):
+    """The module with the launchers of backend "triton" or "tiled"; both have the same functions."""
     if name == "triton":
         from . import kernels
 
@@ -53,12 +25,7 @@ def _implementation(name: str):
     return tiled
 
 
-# Schemas are written out: torch 2.6 cannot infer optional tensors from every spelling of the
-# annotation.
-_define = torch.library.custom_op
-
-
-@_define(
+@torch.library.custom_op(
     "drkl_triton::row_labels",
     mutates_args=(),
     schema="(Tensor like, Tensor? labels, Tensor? weight, SymInt ignore_index, SymInt V, "
@@ -103,7 +70,7 @@ def _(like, labels, weight, ignore_index, V, shift, strict):
     return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
 
 
-@_define(
+@torch.library.custom_op(
     "drkl_triton::row_sums",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, SymInt V, "
@@ -127,7 +94,7 @@ def _(student, teacher, label, inv_temperature, V, teacher_support, entropy, bac
     return torch.empty((SUMS, label.numel()), dtype=inv_temperature.dtype, device=student.device)
 
 
-@_define(
+@torch.library.custom_op(
     "drkl_triton::row_grad",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, "
@@ -155,7 +122,7 @@ def _(student, teacher, label, inv_temperature, scalars, V, teacher_support, bac
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-@_define(
+@torch.library.custom_op(
     "drkl_triton::softmax",
     mutates_args=(),
     schema="(Tensor logits, Tensor inv_temperature, bool log, str backend) -> (Tensor, Tensor)",
@@ -176,7 +143,7 @@ def _(logits, inv_temperature, log, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), state
 
 
-@_define(
+@torch.library.custom_op(
     "drkl_triton::softmax_backward",
     mutates_args=(),
     schema="(Tensor logits, Tensor grad, Tensor inv_temperature, Tensor state, bool log, "

@@ -58,7 +58,7 @@ def _softmax(logits: Tensor, temperature: float | Tensor, backend: str, log: boo
     _checks.logits("logits", logits)
     _checks.positive("temperature", temperature)
     _checks.one_of("backend", backend, _checks.BACKENDS)
-    backend = backends.choose(backend, logits)
+    backend = _checks.backend(backend, logits)
     acc = torch.promote_types(logits.dtype, torch.float32)
     return SoftmaxFunction.apply(logits, _inverse(temperature, logits.device, acc), log, backend)
 
@@ -222,7 +222,7 @@ def _divergence(
     _checks.weight(weight, student)
     if shift:
         _checks.shift_shape(student)
-    backend = backends.choose(options["backend"], student)
+    backend = _checks.backend(options["backend"], student)
 
     acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     inv_temperature = _inverse(options["temperature"], student.device, acc)

@@ -7,7 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are deco
 import pytest
 import torch
 
-from drkl_triton import backends, kernels, tiled
+from drkl_triton import _checks, kernels, tiled
 
 BACKENDS = ["tiled", pytest.param("triton", id="triton-interpreted")]
 
@@ -34,7 +34,7 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
-    gpu = torch.cuda.is_available() and not backends.INTERPRETING
+    gpu = torch.cuda.is_available() and not _checks.INTERPRETING
     for item in items:
         if "gpu" in item.keywords and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and TRITON_INTERPRET=0"))
