@@ -9,7 +9,6 @@ torch.compile traces nothing in this file: Dynamo skips every path with "triton/
 """
 
 import torch
-from torch import Tensor
 
 from . import tiled
 from ._layout import rows_of
@@ -17,7 +16,7 @@ from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
 
 
 def _implementation(name: str):
-    """The module with the launchers of backend "triton" or "tiled"; both have the same functions."""
+    """The module with the launchers of a backend; both modules have the same functions."""
     if name == "triton":
         from . import kernels
 
