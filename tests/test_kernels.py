@@ -4,11 +4,14 @@ where it applies.
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from bounds import excess
 
 import drkl_triton
 from drkl_triton import algebra, kernels, tiled
 from drkl_triton._layout import rows_of
+from drkl_triton.kernels.row_walk import cut_row
 
 ONE = torch.ones(())
 
@@ -156,3 +159,55 @@ def test_long_rows_are_walked_in_tiles(monkeypatch):
         assert max(excess(name, s, t, y, torch.randn(5), backend="tiled")) <= 1
     x = torch.randn(5, 1000)
     torch.testing.assert_close(drkl_triton.softmax(x, backend="tiled"), x.softmax(-1))
+
+
+@triton.jit
+def cut_kernel(x_ptr, out_ptr, stride, V, VEC: tl.constexpr):
+    row = tl.program_id(0)
+    head, body = cut_row(x_ptr + row * stride, V, VEC, True)
+    tl.store(out_ptr + 2 * row, head)
+    tl.store(out_ptr + 2 * row + 1, body)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("V", [1, 5, 16, 101])
+def test_the_body_starts_at_a_16_byte_boundary(V, dtype):
+    """The interpreter would not mind a wrong start; a GPU would fault or read something else."""
+    x = torch.zeros(9, V, dtype=dtype)
+    item, vec = x.element_size(), 16 // x.element_size()
+    cuts = torch.full((9, 2), -1)
+    cut_kernel[(9,)](x, cuts, V, V, VEC=vec)
+    for row, (head, body) in zip(x, cuts.tolist(), strict=True):
+        assert 0 <= head < vec and head + body * vec <= V
+        assert body == 0 or (row.data_ptr() + head * item) % 16 == 0
+        assert V - head - body * vec < vec
+
+
+def test_equally_aligned_is_never_promised_wrongly_and_is_seen_where_it_matters():
+    def starts(x):
+        rows = rows_of(x)
+        step = lambda i: (i // rows.inner) * rows.strides[0] + (i % rows.inner) * rows.strides[1]  # noqa: E731
+        n = x.numel() // x.shape[-1]
+        return [(x.data_ptr() + step(i) * x.element_size()) % 16 for i in range(n)]
+
+    base = torch.zeros(4, 5, 33).bfloat16()
+    tensors = {
+        "whole": base,
+        "copy": base.clone(),
+        "slice": base[:, :4],
+        "slice-copy": base[:, :4].contiguous(),
+        "offset": offset(base, 3),
+        "transposed": base.transpose(0, 1),
+        "float32": base.float(),
+        "even": torch.zeros(4, 5, 48).bfloat16(),
+        "even-slice": torch.zeros(4, 9, 48).bfloat16()[:, :5],
+    }
+    for name, x in tensors.items():
+        for other, y in tensors.items():
+            if x.numel() // x.shape[-1] != y.numel() // y.shape[-1]:
+                continue
+            promised = kernels.launch.equally_aligned(rows_of(x), rows_of(y))
+            same = x.dtype == y.dtype and starts(x) == starts(y)
+            assert same or not promised, (name, other)
+    for pair in (("whole", "copy"), ("slice", "slice"), ("even", "even-slice")):
+        assert kernels.launch.equally_aligned(*(rows_of(tensors[k]) for k in pair)), pair
