@@ -36,8 +36,8 @@ def cut_row(row_ptr, V, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """(head, body): columns before the first 16-byte boundary, and whole vectors from there on."""
     head = 0
     if ALIGNED:
-        item: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
-        past = (row_ptr.to(tl.int64) % 16) // item
+        # VEC columns are 16 bytes
+        past = (row_ptr.to(tl.int64) % 16) // (16 // VEC)
         head = tl.minimum((VEC - past) % VEC, V).to(tl.int32)
     return head, (V - head) // VEC
 
@@ -96,7 +96,8 @@ def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr):
     start = tl.where(lane == 0, 0, tl.where(lane == 1, head + body * VEC, head + skip * VEC))
     stop = tl.where(lane == 0, head, tl.where(lane == 1, V, start + VEC))
     cols = start + tl.arange(0, VEC)[None, :]
-    return cols, (cols < stop) & ((lane < 2) | ((lane == 2) & (skip >= 0)))
+    lanes = 2 + (skip >= 0)
+    return cols, (cols < stop) & (lane < lanes)
 
 
 @triton.jit

@@ -178,15 +178,17 @@ def softmax_dot_kernel(
             x_body, g_body, tile_offsets(i, LANES, VEC), None, scale, m, log2d, ACC, not LOG
         )
         total += tl.sum(g * p, axis=1)
+    # A sum of its own: Triton 3.2 to 3.7 fail to compile where a loop's sum is used twice after it.
+    rest = tl.zeros([LANES], ACC)
     if is_end:
         offs = tile_offsets(body // LANES, LANES, VEC)
         mask = vector_mask(body // LANES, body, -1, LANES, VEC)
         g, p = load_backward(x_body, g_body, offs, mask, scale, m, log2d, ACC, not LOG)
-        total += tl.sum(g * p, axis=1)
+        rest += tl.sum(g * p, axis=1)
         cols, mask = end_columns(head, body, -1, V, LANES, VEC)
         g, p = load_backward(x_row, g_row, cols, mask, scale, m, log2d, ACC, not LOG)
-        total += tl.sum(g * p, axis=1)
-    tl.store(dot_ptr + tl.program_id(1).to(tl.int64) * N + row, tl.sum(total, axis=0))
+        rest += tl.sum(g * p, axis=1)
+    tl.store(dot_ptr + tl.program_id(1).to(tl.int64) * N + row, tl.sum(total + rest, axis=0))
 
 
 @triton.jit

@@ -11,14 +11,14 @@ import torch
 
 # A lane's vector is one 16-byte load: the widest a thread can issue on the GPUs Triton serves.
 VECTOR_BYTES = 16
-# One vector a thread: the reductions along a vector then stay inside the thread (see
-# online_softmax.py). 8 warps: no spill and 16-byte loads on sm_80 to sm_120 (compiled, not timed).
-# AMD allows 16 warps at most.
-MAX_WARPS = 8
-# Two resident programs of 8 warps a multiprocessor hide latency; 132 is an H100's count, used where
-# no device says otherwise.
+# One lane a thread, one vector a lane: the reductions along a vector then stay inside the thread
+# (see online_softmax.py). 256 lanes: no spill and 16-byte loads on sm_80 to sm_100 (compiled, not
+# timed).
+MAX_LANES = 256
+# Two resident programs a multiprocessor hide latency; 132 is an H100's count, used where no device
+# says otherwise.
 PROGRAMS_PER_SM = 2
-DEFAULT_SMS = 132
+DEFAULT_DEVICE = (132, 32)
 # A split below this many tiles spends more on its ends and on the merge than it gains (counted, not
 # timed).
 MIN_TILES_PER_SPLIT = 4
@@ -26,9 +26,7 @@ MIN_TILES_PER_SPLIT = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """lanes x vec columns a tile; every row is shared by ``splits`` programs of ``num_warps``
-    warps.
-    """
+    """lanes x vec columns a tile; ``splits`` programs of ``num_warps`` warps share every row."""
 
     lanes: int
     vec: int
@@ -37,30 +35,31 @@ class Tile:
 
 
 def choose(V, *operands, rows, splits=None):
-    """The tile for rows of V columns. operands: the logits, as launch.Rows-like; ``splits``
-    overrides the choice.
+    """The tile for rows of V columns. operands: the logits, with ``tensor``; ``splits`` overrides
+    the choice.
     """
     vec = VECTOR_BYTES // min(r.tensor.element_size() for r in operands)
-    return _choose(V, vec, rows, splits, _multiprocessors(operands[0].tensor.device))
+    return _choose(V, vec, rows, splits, *_device_shape(operands[0].tensor.device))
 
 
 @lru_cache(maxsize=1024)
-def _choose(V, vec, rows, splits, sms):
+def _choose(V, vec, rows, splits, multiprocessors, warp_size):
     vectors = max(1, V // vec)
-    num_warps = MAX_WARPS
-    while num_warps > 1 and 32 * num_warps > vectors:
-        num_warps //= 2
-    lanes = 32 * num_warps
+    lanes = MAX_LANES
+    while lanes > warp_size and lanes > vectors:
+        lanes //= 2
     if splits is None:
-        wanted = -(-PROGRAMS_PER_SM * sms // max(1, rows))
+        wanted = -(-PROGRAMS_PER_SM * multiprocessors // max(1, rows))
         splits = max(1, min(wanted, vectors // lanes // MIN_TILES_PER_SPLIT))
-    return Tile(lanes, vec, num_warps, splits)
+    return Tile(lanes, vec, lanes // warp_size, splits)
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device):
+def _device_shape(device):
+    """(multiprocessors, threads a warp) of the device; AMD's data-center GPUs have warps of 64."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        return properties.multi_processor_count, getattr(properties, "warp_size", 32)
     if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).max_compute_units
-    return DEFAULT_SMS
+        return torch.xpu.get_device_properties(device).max_compute_units, 32
+    return DEFAULT_DEVICE

@@ -7,6 +7,7 @@ elsewhere.
 import pytest
 import torch
 
+import drkl_triton
 from drkl_triton import RowMetrics, backends, drkl, log_softmax, reference, reverse_kl, softmax
 
 V = 37  # not a multiple of any vector
@@ -21,16 +22,26 @@ LOSSES = {
 }
 
 
-@pytest.fixture(params=LOSSES)
-def name(request):
+# The kernels do not know which loss they serve: with labels, one of the two is enough for them.
+LABELLED = [("rkl", "tiled"), ("drkl", "tiled"), ("drkl", "triton")]
+CASES = [("rkl-without-labels", "tiled"), ("rkl-without-labels", "triton"), *LABELLED]
+labelled = pytest.mark.parametrize("case", LABELLED, ids="-".join)
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request):
     return request.param
 
 
 @pytest.fixture
-def loss(name, backend):
-    """The loss of the package, called as loss(student, teacher, labels, **options)."""
-    import drkl_triton
+def name(case):
+    return case[0]
 
+
+@pytest.fixture
+def loss(case):
+    """The loss of the package, called as loss(student, teacher, labels, **options)."""
+    name, backend = case
     function = LOSSES[name](drkl_triton)
     return lambda *args, **options: function(*args, backend=backend, **options)
 
@@ -38,9 +49,6 @@ def loss(name, backend):
 @pytest.fixture
 def truth(name):
     return LOSSES[name](reference)
-
-
-labelled = pytest.mark.parametrize("name", ["rkl", "drkl"])
 
 
 def data(*shape, columns=V, teacher_columns=V):
@@ -57,7 +65,9 @@ def run(function, student, teacher, labels, *, upstream=None, **options):
     value = out[0] if options.get("return_metrics") else out
     if upstream is None:
         upstream = 1.5 if value.dim() == 0 else torch.linspace(-1, 2, value.numel()).view_as(value)
-    value.backward(torch.as_tensor(upstream, dtype=value.dtype).expand_as(value))
+    if not isinstance(upstream, torch.Tensor):
+        upstream = value.new_tensor(upstream)
+    value.backward(upstream.to(value.dtype).expand_as(value))
     return out, student.grad
 
 
@@ -69,7 +79,7 @@ def close(actual, expected, tolerance=1e-11):
             close(one, other, tolerance)
     elif expected is not None:
         finite = expected[expected.isfinite()].abs()
-        atol = tolerance * float(finite.max()) if finite.numel() else 0.0
+        atol = tolerance * finite.max().item() if finite.numel() else 0.0
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=atol, equal_nan=True)
 
 
@@ -114,11 +124,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-def test_options_mean_what_the_reference_says(loss, truth, case):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_mean_what_the_reference_says(loss, truth, option):
     s, t, y = data(2, 3)
     y[0, 1] = -100
-    options = OPTIONS[case] | dict(return_metrics=True)
+    options = OPTIONS[option] | dict(return_metrics=True)
     (value, metrics), grad = run(loss, s, t, y, **options)
     (true_value, true_metrics), true_grad = run(truth, s, t, y, **options)
     close(value, true_value)
@@ -145,7 +155,7 @@ def test_reductions_by_hand(loss, name):
 
 
 def test_gradient_is_per_row_and_scales(loss):
-    """mean's gradient is none's with the upstream w / Σ w; a random upstream reaches its row only."""
+    """mean's gradient is none's under the upstream w / Σ w; an upstream reaches its row only."""
     s, t, y = data(5)
     weight = torch.rand(5, dtype=torch.float64)
     _, of_mean = run(loss, s, t, y, weight=weight, upstream=1.0)
@@ -207,7 +217,7 @@ def test_any_ignore_index(loss, index):
 # Nothing to average
 
 
-def nothing_counts(case):
+def nothing_counts(why):
     s, t, y = data(2, 3)
     options = dict(
         labels={},
@@ -216,19 +226,19 @@ def nothing_counts(case):
         tensor=dict(num_items=torch.tensor(0)),
         shift=dict(shift=True),
         negative=dict(weight=torch.tensor([[1.0, -1, 1], [-1, 1, -1]])),
-    )[case]
-    if case == "labels":
+    )[why]
+    if why == "labels":
         y[:] = -100
-    if case == "shift":
+    if why == "shift":
         s, t, y = (x[:, :1] for x in (s, t, y))
     return s, t, y, options
 
 
-@pytest.mark.parametrize("case", ["labels", "weight", "zero", "tensor", "shift", "negative"])
-def test_zero_connected_to_the_graph(loss, name, case):
-    if case == "labels" and name == "rkl-without-labels":
+@pytest.mark.parametrize("why", ["labels", "weight", "zero", "tensor", "shift", "negative"])
+def test_zero_connected_to_the_graph(loss, name, why):
+    if why == "labels" and name == "rkl-without-labels":
         pytest.skip("it has no labels")
-    s, t, y, options = nothing_counts(case)
+    s, t, y, options = nothing_counts(why)
     value, grad = run(loss, s, t, y, **options)
     assert value == 0 and value.shape == () and value.requires_grad
     assert grad.shape == s.shape and (grad == 0).all()
@@ -292,15 +302,13 @@ def ignoring(how, rows):
     weight = torch.arange(1.0, 9.0).view(2, 4)
     if how == "weight":
         return dict(weight=torch.where(mask, 0.0, weight)), None
-    if how == "bool weight":
-        return dict(weight=~mask), None
     return {}, mask
 
 
-@pytest.mark.parametrize("how", ["labels", "weight", "bool weight"])
-@pytest.mark.parametrize("rows", [[0, 3, 4], [7], [0, 1, 2, 3, 4, 5, 6]], ids=str)
+@pytest.mark.parametrize("how", ["labels", "weight"])
+@pytest.mark.parametrize("rows", [[0, 3, 4], [0, 1, 2, 4, 5, 6, 7]], ids=str)
 def test_ignored_rows_are_not_read(loss, name, how, rows):
-    """Garbage there changes no bit of the other rows, under an upstream gradient of NaN there too."""
+    """Garbage in logits and upstream gradient there changes no bit of the other rows."""
     if how == "labels" and name == "rkl-without-labels":
         pytest.skip("it has no labels")
     s, t, y = data(2, 4)
@@ -316,11 +324,11 @@ def test_ignored_rows_are_not_read(loss, name, how, rows):
     assert (value[ignored] == 0).all() and (grad[ignored] == 0).all()
     assert all((x[ignored] == 0).all() for x in metrics if x is not None)
     assert not value[~ignored].eq(0).any()
-    for bad in GARBAGE:
-        s[ignored], t[ignored], upstream[ignored] = bad, bad, bad
-        again, grad_again = run(loss, s, t, y, upstream=upstream, **options)
-        same(again, (value, metrics))
-        same(grad_again, grad)
+    for x in (s, t, upstream):
+        x[ignored] = torch.tensor(GARBAGE).double()[torch.randint(3, x[ignored].shape)]
+    again, grad_again = run(loss, s, t, y, upstream=upstream, **options)
+    same(again, (value, metrics))
+    same(grad_again, grad)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -361,18 +369,19 @@ def test_a_nan_row_that_counts_is_nan_alone(loss):
 # shift
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "reduction, weighted", [("mean", False), ("mean", True), ("sum", True), ("none", False)]
+)
 def test_shift_is_slicing(loss, name, reduction, weighted):
-    s, t, y = data(3, 5)
+    s, t, y = data(2, 4)
     if name != "rkl-without-labels":
-        y[0, 2], y[1, 0], y[2, 4] = -100, -100, -100
+        y[0, 2], y[1, 0] = -100, -100
     weight = None
     if weighted:
-        weight = torch.rand(3, 5, dtype=torch.float64)
-        weight[0, 0], weight[1, 3], weight[2, 1] = NAN, 0.0, 0.0  # the first weight scores nothing
+        weight = torch.rand(2, 4, dtype=torch.float64)
+        weight[0, 0], weight[1, 3] = NAN, 0.0  # the first weight scores nothing
     options = dict(reduction=reduction, return_metrics=True)
-    upstream = torch.randn(3, 5, dtype=torch.float64) if reduction == "none" else 1.5
+    upstream = torch.randn(2, 4, dtype=torch.float64) if reduction == "none" else 1.5
     (value, metrics), grad = run(
         loss, s, t, y, shift=True, weight=weight, upstream=upstream, **options
     )
@@ -386,7 +395,7 @@ def test_shift_is_slicing(loss, name, reduction, weighted):
         **options,
     )
     if reduction == "none":
-        assert value.shape == (3, 5) and (value[:, -1] == 0).all()
+        assert value.shape == (2, 4) and (value[:, -1] == 0).all()
         value = value[:, :-1]
     close(value, expected)
     assert (grad[:, -1] == 0).all()
@@ -394,7 +403,7 @@ def test_shift_is_slicing(loss, name, reduction, weighted):
     for one, other in zip(metrics, expected_metrics, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            assert one.shape == (3, 5) and (one[:, -1] == 0).all()
+            assert one.shape == (2, 4) and (one[:, -1] == 0).all()
             close(one[:, :-1], other)
 
 
@@ -416,13 +425,16 @@ def test_shift_with_num_items(loss):
 # vocab_mismatch="truncate"
 
 
-@pytest.mark.parametrize("columns, teacher_columns", [(41, V), (V, 48), (V, V), (4, 1)])
-@pytest.mark.parametrize("fill", [0.0, NAN, INF])
+@pytest.mark.parametrize(
+    "columns, teacher_columns, fill",
+    # the larger one on either side; nothing to truncate; one column left
+    [(41, V, NAN), (V, 48, INF), (V, 40, NAN), (V, V, 0.0), (4, 1, NAN), (1, 4, INF)],
+)
 def test_truncate_is_slicing(loss, columns, teacher_columns, fill):
-    s, t, y = data(2, 3, columns=columns, teacher_columns=teacher_columns)
+    s, t, y = data(1, 3, columns=columns, teacher_columns=teacher_columns)
     v = min(columns, teacher_columns)
     s[..., v:], t[..., v:] = fill, fill  # the columns beyond are not read
-    options = dict(reduction="none", return_metrics=True, upstream=torch.randn(2, 3).double())
+    options = dict(reduction="none", return_metrics=True, upstream=torch.randn(1, 3).double())
     out, grad = run(loss, s, t, y, vocab_mismatch="truncate", **options)
     expected, expected_grad = run(loss, s[..., :v], t[..., :v], y, **options)
     close(out, expected)
@@ -482,7 +494,7 @@ def test_teacher_support_is_dropping_the_columns(loss, fill):
 
 @labelled
 @pytest.mark.parametrize("fill", [None, NAN, -INF])
-def test_teacher_support_without_the_label(loss, name, backend, fill):
+def test_teacher_support_without_the_label(loss, case, fill):
     """Its part is then 0: what remains is (gamma times) reverse KL over the other columns."""
     s, t, _, gone, _ = masked_teacher()
     y = torch.tensor([0, 5, 6, 20, V - 1, 0])
@@ -491,8 +503,8 @@ def test_teacher_support_without_the_label(loss, name, backend, fill):
     options = dict(reduction="none", upstream=torch.randn(6).double())
     (value, metrics), grad = run(loss, s, t, y, support="teacher", return_metrics=True, **options)
     rest = (s[:, ~gone], t[:, ~gone], None)
-    expected, expected_grad = run(reverse_kl, *rest, backend=backend, **options)
-    factor = 0.7 if name == "drkl" else 1.0
+    expected, expected_grad = run(reverse_kl, *rest, backend=case[1], **options)
+    factor = 0.7 if case[0] == "drkl" else 1.0
     close(value, factor * expected)
     close(grad[:, ~gone], factor * expected_grad)
     assert (grad[:, gone] == 0).all()
@@ -591,13 +603,14 @@ def test_metrics_do_not_cost_the_loss(loss):
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.mark.parametrize("case", [CASES[0], *LABELLED[1:]], ids="-".join)
 @pytest.mark.parametrize("teacher", FLOATS)
 @pytest.mark.parametrize("student", FLOATS)
 def test_dtypes_of_results(loss, student, teacher):
-    s, t, y = data(3)
+    s, t, y = data(2)
     s, t = s.to(student), t.to(teacher)
     wide = torch.float64 if torch.float64 in (student, teacher) else torch.float32
-    (value, metrics), grad = run(loss, s, t, y, return_metrics=True, weight=torch.ones(3).double())
+    (value, metrics), grad = run(loss, s, t, y, return_metrics=True, weight=torch.ones(2).double())
     assert value.dtype == wide and {x.dtype for x in metrics if x is not None} == {wide}
     assert grad.dtype == student and t.grad is None
 
@@ -621,8 +634,6 @@ def test_softmax(function, dtype, backend):
 @pytest.mark.parametrize("function", ["reverse_kl", "drkl", "softmax"])
 def test_auto_is_tiled_on_the_cpu(function, monkeypatch):
     """Under the interpreter too."""
-    import drkl_triton
-
     used = []
     real = backends._implementation
     monkeypatch.setattr(backends, "_implementation", lambda name: used.append(name) or real(name))

@@ -19,7 +19,8 @@ SIZES = {
     "teacher-width": (256, 64, ""),
     "teacher-layers": (6, 2, ""),
     "teacher-heads": (4, 2, ""),
-    "student-steps": (600, 150, ""),
+    "pretrain-steps": (500, 100, "of the students' common start, 0 for random weights"),
+    "student-steps": (600, 100, ""),
     "student-width": (128, 32, ""),
     "student-layers": (2, 1, ""),
     "student-heads": (4, 2, ""),
@@ -77,7 +78,8 @@ def parse(description, argv=None):
 
 
 def check(args):
-    positive = [*SIZES, "seeds", "teacher-lr", "student-lr", "temperature"]
+    positive = [name for name in SIZES if name != "pretrain-steps"]
+    positive += ["seeds", "teacher-lr", "student-lr", "temperature"]
     for name in positive + (["threads"] if args.threads is not None else []):
         value = getattr(args, attribute(name))
         if not 0 < value < math.inf:
@@ -87,9 +89,10 @@ def check(args):
         "context": (8, "a quarter of it is the prompt of a sample"),
         "samples": (2, "self-BLEU compares the samples of a prompt"),
         "seed": (0, ""),
+        "pretrain-steps": (0, ""),
     }
     for name, (least, why) in lowest.items():
-        value = getattr(args, name)
+        value = getattr(args, attribute(name))
         if value < least:
             reason = f" ({why})" if why else ""
             raise InputError(f"--{name} must be at least {least}{reason}, got {value}")

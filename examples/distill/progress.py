@@ -1,5 +1,6 @@
 """Progress with time left: a tqdm bar on a terminal, a line every 20 seconds in a log."""
 
+import shutil
 import sys
 import time
 
@@ -13,6 +14,7 @@ class LineProgress:
         self.total, self.desc, self.interval = total, desc, interval
         self.n, self.note = 0, ""
         self.start = self.last = time.monotonic()
+        self.printed = None
         self.first = None  # a resumed stage starts above 0, which must not count as speed
 
     def update(self, n=1):
@@ -27,6 +29,7 @@ class LineProgress:
         self.note = note
 
     def _print(self):
+        self.printed = self.n
         elapsed = time.monotonic() - self.start
         done = self.n - (self.first or 0)
         left = tqdm.format_interval(elapsed / done * (self.total - self.n)) if done else "?"
@@ -38,12 +41,20 @@ class LineProgress:
         return self
 
     def __exit__(self, *_):
-        self._print()
+        if self.printed != self.n:
+            self._print()
 
 
 def progress(total, desc, initial=0):
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=initial, desc=f"  {desc}", dynamic_ncols=True)
+        size = shutil.get_terminal_size()  # has an answer where tqdm would ask in vain
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=f"  {desc}",
+            ncols=min(size.columns, 110),
+            nrows=size.lines,
+        )
     bar = LineProgress(total, desc)
     bar.n = initial
     return bar

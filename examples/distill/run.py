@@ -18,6 +18,7 @@ from pathlib import Path
 
 try:
     import cache
+    import figures
     import options
     import report
     import torch
@@ -47,7 +48,7 @@ class Demo:
         self.device = options.open_device(args.device)
         self.dtype = options.choose_dtype(args.dtype, self.device)
         torch.set_num_threads(args.threads or min(torch.get_num_threads(), 8))
-        self.seconds = {"students": 0.0, "measuring": 0.0}
+        self.seconds = {"pretraining": 0.0, "students": 0.0, "measuring": 0.0}
         # What the products depend on besides the settings.
         code = [HERE / name for name in ("model.py", "train.py", "evaluate.py")]
         package = Path(drkl_triton.__file__).parent.rglob("*.py")
@@ -69,10 +70,11 @@ class Demo:
         teacher = {"teacher": self.teacher}
         teacher_measured = self.measure_finally(teacher, args.seed, self.teacher_key)["teacher"]
         seeds = [args.seed + i for i in range(args.seeds)]
-        runs = []
+        runs, pretrained = [], []
         for seed in seeds:
-            models, history, key = self.train_students(seed)
+            models, history, pretraining, key = self.train_students(seed)
             runs.append((history, self.measure_finally(models, seed, key)))
+            pretrained.append(pretraining)
         say("[4/4] report")
         objectives = {}
         for name in args.objectives:
@@ -85,6 +87,7 @@ class Demo:
             }
         students = {
             "parameters": next(iter(models.values())).parameter_count(),
+            "pretraining": pretrained,
             "objectives": objectives,
         }
         return self.collect(seeds, teacher_measured, students)
@@ -116,7 +119,8 @@ class Demo:
 
     def train_config(self, who):
         args = self.args
-        steps, lr = getattr(args, f"{who}_steps"), getattr(args, f"{who}_lr")
+        steps = getattr(args, f"{who}_steps")
+        lr = args.teacher_lr if who == "teacher" else args.student_lr
         return TrainConfig(steps, args.batch, args.context, lr, min(args.evaluations, steps))
 
     def train(self, learners, who, **keywords):
@@ -146,10 +150,36 @@ class Demo:
         self.teacher_history = history["teacher"]
         teacher.requires_grad_(False)
 
+    def pretrain_student(self, seed):
+        """The weights all students of this seed start from, and how they came about.
+
+        From random weights the reverse KLs spend most of a short run on learning which tokens are
+        common, and are still alike when it ends. So the start is a model of the text already, as
+        it is where language models are distilled in earnest.
+        """
+        student = self.new_model("student", seed)
+        if not self.args.pretrain_steps:
+            return student, None, []
+        key = [
+            self.teacher_key,
+            asdict(student.config),
+            asdict(self.train_config("pretrain")),
+            seed,
+        ]
+        history, seconds = self.train(
+            {"student": Learner(student, cross_entropy)},
+            "pretrain",
+            salt=f"pretraining/{seed}",
+            path=checkpoint_path(self.cache, "pretrained", key),
+            desc=f"pretraining, seed {seed}",
+        )
+        self.seconds["pretraining"] += seconds
+        return student, history["student"], key
+
     def train_students(self, seed):
-        """One initialisation and one order of batches for all objectives."""
+        """One start and one order of batches for all objectives."""
         args = self.args
-        initial = self.new_model("student", seed)
+        initial, pretraining, start = self.pretrain_student(seed)
         learners = {
             name: Learner(
                 copy.deepcopy(initial), make_objective(name, args.temperature, args.backend)[1]
@@ -157,7 +187,8 @@ class Demo:
             for name in args.objectives
         }
         config = [asdict(initial.config), asdict(self.train_config("student"))]
-        key = [self.teacher_key, config, args.objectives, args.temperature, self.package, seed]
+        where = [self.teacher_key, self.package, start]
+        key = [where, config, args.objectives, args.temperature, seed]
         history, seconds = self.train(
             learners,
             "student",
@@ -167,7 +198,8 @@ class Demo:
             desc=f"{len(learners)} students, seed {seed}",
         )
         self.seconds["students"] += seconds
-        return {name: learner.model for name, learner in learners.items()}, history, key
+        models = {name: learner.model for name, learner in learners.items()}
+        return models, history, pretraining, key
 
     def measure(self, models, windows, desc=None):
         return evaluate(
@@ -213,7 +245,9 @@ class Demo:
         gpu = self.device.type == "cuda"
         results = {
             "settings": settings,
-            "training": {who: asdict(self.train_config(who)) for who in ("teacher", "student")},
+            "training": {
+                who: asdict(self.train_config(who)) for who in ("teacher", "pretrain", "student")
+            },
             "machine": {
                 "device": str(self.device),
                 "device_name": torch.cuda.get_device_name(self.device) if gpu else "cpu",
@@ -279,7 +313,7 @@ def write(results, demo):
     }
     for name, text in texts.items():
         (out / name).write_text(text + "\n", encoding="utf-8")
-    names = [*texts, *report.write_figures(results, out)]
+    names = [*texts, *figures.write_figures(results, out)]
     sys.stdout.reconfigure(errors="replace")  # a terminal without γ shows "?", and no traceback
     print(f"{table}\n\nWritten to {out}: {', '.join(names)}")
 

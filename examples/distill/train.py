@@ -69,7 +69,7 @@ class TrainConfig:
     batch: int
     context: int
     lr: float
-    evaluations: int  # times the held-out text is looked at during training
+    evaluations: int  # looks at the held-out text during training, besides the one at the start
     weight_decay: float = 0.1
     warmup: float = 0.05  # fraction of the steps
     final_lr: float = 0.1  # fraction of lr, reached along a cosine
@@ -99,9 +99,8 @@ def deferred_interrupt():
             raise KeyboardInterrupt
         requested.set()
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # handlers are the main thread's alone
+    # Python lets the main thread alone set handlers.
+    if threading.current_thread() is not threading.main_thread():
         yield requested
         return
     previous = signal.signal(signal.SIGINT, handle)
@@ -115,6 +114,23 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def make_optimizer(model, config):
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+
+
+def descend(loss, model, optimizer, lr):
+    """One step; returns the norm of the gradient before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
+
+
 def train(
     learners, tokens, config, *, salt, device, dtype, path, evaluate, teacher=None, desc="training"
 ):
@@ -124,17 +140,9 @@ def train(
     every evaluation and on Ctrl-C, and a call that finds it there goes on from it.
 
     The history has for each name "loss" and "gradient_norm" (before clipping), one number a step,
-    and "held_out", one entry an evaluation.
+    and "held_out", one entry an evaluation, the first of them at step 0.
     """
-    optimizers = {
-        name: torch.optim.AdamW(
-            learner.model.parameters(),
-            lr=config.lr,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-        )
-        for name, learner in learners.items()
-    }
+    optimizers = {name: make_optimizer(one.model, config) for name, one in learners.items()}
     history = {name: {"loss": [], "gradient_norm": [], "held_out": []} for name in learners}
     step, seconds = 0, 0.0
     stored = cache.load(path)
@@ -148,16 +156,15 @@ def train(
         return history, seconds
 
     start = time.monotonic()
-    pending = {name: {"loss": [], "gradient_norm": []} for name in learners}
+    pending = {name: [] for name in learners}
 
     def checkpoint():
-        for name, series in pending.items():
-            for (
-                key,
-                values,
-            ) in series.items():  # read back in one go: a .item() a step would stall a GPU
-                history[name][key] += torch.stack(values).tolist() if values else []
-                values.clear()
+        # Read back in one go: an .item() at every step would stall a GPU.
+        for name, rows in pending.items():
+            for loss, norm in torch.stack(rows).tolist() if rows else []:
+                history[name]["loss"].append(loss)
+                history[name]["gradient_norm"].append(norm)
+            rows.clear()
         finished = step >= config.steps
         state = {
             "step": step,
@@ -168,6 +175,17 @@ def train(
         }
         cache.save(path, state)
 
+    def look():
+        metrics = evaluate()
+        for name in learners:
+            if not math.isfinite(metrics[name]["cross_entropy"]):
+                raise InputError(f"{name} diverged by step {step}; try a smaller learning rate")
+            history[name]["held_out"].append({"step": step, **metrics[name]})
+        values = {metrics[name]["cross_entropy"] for name in learners}
+        return "held-out CE " + "–".join(f"{v:.2f}" for v in sorted({min(values), max(values)}))
+
+    if step == 0:
+        look()
     evaluation_steps = config.evaluation_steps()
     with deferred_interrupt() as interrupted, progress(config.steps, desc, initial=step) as bar:
         while step < config.steps:
@@ -180,28 +198,12 @@ def train(
                 with autocast(device, dtype):
                     student_logits = learner.model(batch)
                 loss = learner.objective(student_logits, teacher_logits, batch)
-                optimizers[name].zero_grad(set_to_none=True)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), CLIP_NORM)
-                for group in optimizers[name].param_groups:
-                    group["lr"] = config.lr_at(step)
-                optimizers[name].step()
-                pending[name]["loss"].append(loss.detach())
-                pending[name]["gradient_norm"].append(norm.detach())
+                norm = descend(loss, learner.model, optimizers[name], config.lr_at(step))
+                pending[name].append(torch.stack([loss.detach(), norm]))
             step += 1
             bar.update()
             if step in evaluation_steps:
-                metrics = evaluate()
-                for name in learners:
-                    if not math.isfinite(metrics[name]["cross_entropy"]):
-                        raise InputError(
-                            f"{name} diverged by step {step}; try a smaller learning rate"
-                        )
-                    history[name]["held_out"].append({"step": step, **metrics[name]})
-                bar.set_postfix_str(
-                    "held-out CE "
-                    + " ".join(f"{metrics[n]['cross_entropy']:.3f}" for n in learners)
-                )
+                bar.set_postfix_str(look())
                 checkpoint()
             if interrupted.is_set():
                 checkpoint()

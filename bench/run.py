@@ -1,0 +1,267 @@
+"""Microbenchmarks across vocabulary sizes: time, memory and share of the memory's speed.
+
+python bench/run.py                                      # under ten minutes on two CPU cores
+python bench/run.py --device cuda                        # 8,192 tokens, bfloat16
+python bench/run.py --op reverse_kl --mode both --vocab 50257 128256 --tokens 512
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+try:
+    import plots
+    import providers
+    import tables
+    import torch
+    from tables import MODES, TENSORS_MOVED
+    from timing import MB, Clock, Copy, peak_memory
+    from tqdm import tqdm
+    from truth import UPSTREAM, Case, errors, truth_of
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}; at the repository's root say: make bench, or: pip install -e '.[bench]'")
+
+HERE = Path(__file__).resolve().parent
+VOCABULARIES = (32000, 50257, 65536, 128256, 151936, 201088, 262144)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def parse(arguments):
+    names = [provider.name for provider in providers.ALL]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    add("--op", nargs="+", choices=providers.OPS, default=["reverse_kl", "drkl"])
+    add("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: all three")
+    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16; on a CPU float32, too")
+    add("--vocab", nargs="+", type=int, default=list(VOCABULARIES), metavar="V")
+    add("--tokens", type=int, help="rows of logits; default: 8192 on a GPU, 128 on a CPU")
+    add("--providers", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {names}")
+    add("--repeats", type=int, help="times each call is timed; default: 20 on a GPU, 5 on a CPU")
+    add("--threads", type=int, help="CPU threads, the same for all; default: PyTorch's choice")
+    add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 256 on a CPU")
+    add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
+    add("--name", help="of the files, without an ending; default: the device's")
+    options = parser.parse_args(arguments)
+    options.device = torch.device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    gpu = options.device.type == "cuda"
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda (ROCm is cuda, too), got {options.device}")
+    if gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU")
+    for name, on_gpu, on_cpu in (("tokens", 8192, 128), ("repeats", 20, 5), ("copy_mb", 2048, 256)):
+        if getattr(options, name) is None:
+            setattr(options, name, on_gpu if gpu else on_cpu)
+    options.dtype = options.dtype or (["bfloat16"] if gpu else ["float32", "bfloat16"])
+    if min(options.tokens, options.repeats, options.copy_mb, *options.vocab) < 1:
+        parser.error("--tokens, --repeats, --copy-mb and --vocab must be positive")
+    if gpu:
+        torch.cuda.set_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+@dataclass
+class Entry:
+    """A provider in one case: its function, then what is measured."""
+
+    provider: providers.Provider
+    call: object = None
+    note: str = ""
+    errors: tuple = ()
+    peaks: dict = field(default_factory=dict)
+    times: dict = field(default_factory=lambda: {mode: [] for mode in MODES})
+
+
+class Measurement:
+    """All providers on one case. ``rows`` may be asked for at any time."""
+
+    def __init__(self, case, entries, modes, clock, copy):
+        self.case, self.entries, self.modes = case, entries, modes
+        self.clock, self.copy, self.copy_times = clock, copy, []
+
+    def _forward(self, entry, upstream):
+        """(the student's leaf, a call that computes the result)."""
+        case, provider = self.case, entry.provider
+        student = case.student.clone() if provider.overwrites else case.student.detach()
+        student.requires_grad_()
+        extra = (upstream,) if provider.upstream_first else ()
+        return student, lambda: entry.call(student, case.teacher, case.labels, *extra)
+
+    def _backward(self, student, out, scale=1.0):
+        upstream = self.case.upstream(out, scale)
+        return lambda: torch.autograd.grad(out, student, upstream)[0]
+
+    def prepare(self, entry, truth):
+        """Compile, check, measure memory; what fails is noted and not timed."""
+        try:
+            entry.call = entry.provider.ops[self.case.op]()
+            scale = UPSTREAM * self.case.tokens
+            student, forward = self._forward(entry, scale)
+            out = forward()
+            grad = self._backward(student, out, scale)()
+            entry.errors = errors(self.case, truth, out.detach(), grad)
+            del out, grad
+            student, forward = self._forward(entry, 1.0)
+            backward = lambda out: self._backward(student, out)()  # noqa: E731
+            entry.peaks = peak_memory(forward, backward, self.case.device)
+        except Exception as error:  # other people's kernels fail in ways of their own
+            entry.call, entry.note = None, _first_line(error)
+
+    def repeat(self, entry):
+        """One timing of each mode."""
+        modes, times = self.modes, entry.times
+        if set(modes) & {"forward", "backward"}:
+            student, forward = self._forward(entry, 1.0)
+            ms, out = self.clock.ms(forward)
+            times["forward"].append(ms)
+            if "backward" in modes:
+                times["backward"].append(self.clock.ms(self._backward(student, out))[0])
+            del out
+        if "both" in modes:
+            student, forward = self._forward(entry, 1.0)
+            times["both"].append(self.clock.ms(lambda: self._backward(student, forward())())[0])
+
+    def run(self, repeats, step):
+        truth = truth_of(self.case)
+        for entry in self.entries:
+            self.prepare(entry, truth)
+            step(entry.provider.name)
+        for turn in range(repeats):
+            self.copy_times.append(self.clock.ms(self.copy)[0])
+            first = turn % len(self.entries)
+            for entry in self.entries[first:] + self.entries[:first]:
+                if entry.call:
+                    try:
+                        self.repeat(entry)
+                    except Exception as error:
+                        entry.call, entry.note = None, _first_line(error)
+                step(entry.provider.name)
+
+    def rows(self):
+        case = self.case
+        size = case.tokens * case.vocab * torch.finfo(case.dtype).bits // 8
+        copy = self.copy.bytes / median(self.copy_times) / 1e6 if self.copy_times else None
+        for entry in self.entries:
+            for mode in self.modes:
+                row = {
+                    "op": case.op,
+                    "mode": mode,
+                    "dtype": str(case.dtype).removeprefix("torch."),
+                    "vocab": case.vocab,
+                    "tokens": case.tokens,
+                    "provider": entry.provider.name,
+                    "version": entry.provider.version,
+                    "note": entry.note,
+                    "peak_mb": entry.peaks[mode] / MB if entry.peaks else "",
+                }
+                if entry.errors:
+                    result, grad = entry.errors
+                    right = result <= 1 and grad <= 1
+                    row |= {"check": "ok" if right else "WRONG"}
+                    row |= {"result_error": result, "grad_error": grad}
+                if entry.times[mode] and not entry.note:
+                    row |= tables.timed(entry.times[mode], TENSORS_MOVED[mode] * size, copy)
+                if "ms" in row or entry.note:  # else not reached yet
+                    yield row
+
+
+def _first_line(error):
+    text = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}" + (f": {text[0]}" if text else "")
+
+
+def measure(options, notes, keep):
+    """Every case in turn; the rows of each go to ``keep``, those of an interrupted one too."""
+    clock, copy = Clock(options.device), Copy(options.device, options.copy_mb)
+    cases = [
+        (op, dtype, vocab)
+        for op in options.op
+        for dtype in options.dtype
+        for vocab in options.vocab
+    ]
+    taking_part = {
+        op: [
+            provider
+            for provider in providers.ALL
+            if provider.name in options.providers and (op, provider.name) not in notes
+        ]
+        for op in options.op
+    }
+    work = sum((options.repeats + 1) * len(taking_part[op]) * vocab for op, _, vocab in cases)
+    bar = tqdm(
+        total=work,
+        bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
+        mininterval=0.3 if sys.stderr.isatty() else 20.0,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for op, dtype, vocab in cases:
+            torch._dynamo.reset()  # each shape compiled for itself, none over the recompile limit
+            case = Case(op, DTYPES[dtype], vocab, options.tokens, options.device)
+            entries = [Entry(provider) for provider in taking_part[op]]
+            measurement = Measurement(case, entries, options.mode, clock, copy)
+
+            def step(name, place=f"{op} {dtype} V={vocab}", units=vocab):
+                bar.set_description_str(f"{place} {name}", refresh=False)
+                bar.update(units)
+
+            try:
+                measurement.run(options.repeats, step)
+            finally:
+                keep(list(measurement.rows()))
+            del case, measurement  # before the next one's tensors
+
+
+def main(arguments=None):
+    """The exit status: 1 if this package is wrong or fails somewhere, 130 if interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    where = tables.environment(options.device, arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = options.name or tables.slug(options.device, where["device"])
+    path = options.out / f"{name}.csv"
+
+    notes = {
+        (op, provider.name): obstacle
+        for op in options.op
+        for provider in providers.ALL
+        if provider.name in options.providers
+        and (obstacle := provider.obstacle(op, options.device))
+    }
+    rows = []
+    absent = [{"op": op, "provider": p, "note": n, **where} for (op, p), n in notes.items()]
+
+    def keep(new):
+        rows.extend(row | where for row in new)
+        tables.add_ratios(rows)
+        tables.write_csv(path, rows + absent)
+
+    interrupted = False
+    try:
+        measure(options, notes, keep)
+    except KeyboardInterrupt:
+        interrupted = True
+    parts = (tables.render(rows), tables.render_absent(absent), tables.LEGEND)
+    print("\n\n".join(part for part in parts if part), end="\n\n")
+    print(", ".join(f"{key} {where[key]}" for key in tables.ENVIRONMENT if where[key] != ""))
+    for written in [path, *plots.draw(rows, options.out / name)] if rows else []:
+        print(f"wrote {written}")
+    if interrupted:
+        print("interrupted: what was measured until then is above and in the files")
+        return 130
+    own = {provider.name for provider in providers.ALL if provider.own}
+    return int(any(row.get("check") != "ok" for row in rows if row["provider"] in own))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
