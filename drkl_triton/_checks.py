@@ -4,7 +4,6 @@ expected, what came, what to do.
 
 from __future__ import annotations
 
-import math
 import os
 from importlib.util import find_spec
 from numbers import Integral, Real
@@ -28,7 +27,10 @@ _TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 def logits(name: str, x: Tensor) -> None:
     """One tensor of logits, [..., V]."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor [..., V], got {type(x).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor [..., V], got {type(x).__name__}; convert it with "
+            "torch.as_tensor, or pass the model output's .logits"
+        )
     if not torch.compiler.is_compiling():
         _plain_tensor(name, x)
     if x.dtype not in FLOATS:
@@ -39,7 +41,7 @@ def logits(name: str, x: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"{name} must have a vocabulary of at least one column in its last dimension, got "
-            f"shape {tuple(x.shape)}"
+            f"shape {tuple(x.shape)}; pass logits of shape [..., V]"
         )
 
 
@@ -51,15 +53,20 @@ def _plain_tensor(name: str, x: Tensor) -> None:
             "use loss.backward() or torch.autograd.grad, and batch along the leading dimensions "
             "instead of vmap"
         )
-    if x.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be a dense (strided) tensor, got layout {x.layout}; convert it with "
-            ".to_dense()"
-        )
+    dense(name, x)
     if hasattr(x, "device_mesh"):
         raise TypeError(
             f"{name} is a DTensor, got placements {x.placements}; pass its full_tensor() or the "
             "local rows of it"
+        )
+
+
+def dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        layout = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(
+            f"{name} must be a dense (strided) tensor, got {layout}; convert it with .to_dense(), "
+            "or pad a nested tensor"
         )
 
 
@@ -102,7 +109,11 @@ def row_tensor(
 ) -> None:
     """labels or weight: one value a row."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of {what}, got {type(x).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor of {what}, got {type(x).__name__}; convert it with "
+            "torch.as_tensor"
+        )
+    dense(name, x)
     if (dtypes is not None and x.dtype not in dtypes) or x.is_complex():
         raise TypeError(f"{name} must be {what}, got {x.dtype}; convert it with .to()")
     if x.shape != student.shape[:-1]:
@@ -126,37 +137,48 @@ def weight(x: Tensor | None, student: Tensor) -> None:
 
 def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, "
+            f"got {value!r}; choose one of them"
+        )
 
 
 def positive(name: str, value: float | Tensor) -> None:
     """temperature, gamma: a positive number, or a 0-dim tensor whose value is not looked at."""
+    _number(
+        name, value, "a positive number or a 0-dim tensor", "a value per token is not supported"
+    )
+    # the bounds keep the number and its reciprocal inside float32
+    if not isinstance(value, Tensor) and not 1e-37 <= value <= 1e37:
+        raise ValueError(
+            f"{name} must be positive, from 1e-37 to 1e37, got {value!r}; pass a number such as 1.0"
+        )
+
+
+def _number(name: str, value, expected: str, hint: str) -> None:
+    """A real number that is no bool, or a real 0-dim tensor."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex():
             raise ValueError(
-                f"{name} must be a positive number or a 0-dim real tensor, got a {value.dtype} "
-                "tensor of shape "
-                f"{tuple(value.shape)}; a value per token is not supported"
+                f"{name} must be {expected}, got a {value.dtype} tensor of shape "
+                f"{tuple(value.shape)}; {hint}, pass a float or a 0-dim real tensor"
             )
-        return
-    _real(name, value, "a positive number or a 0-dim tensor")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _real(name: str, value, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be {expected}, got {type(value).__name__}; pass a float or a 0-dim tensor"
+        )
 
 
 def integer(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be an int, got {type(value).__name__}; pass a Python int such as -100"
+        )
 
 
 def flag(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r}; pass a bool")
 
 
 def denominator(num_items: float | Tensor | None, reduction: str) -> None:
@@ -167,16 +189,12 @@ def denominator(num_items: float | Tensor | None, reduction: str) -> None:
             'num_items replaces the denominator of reduction="mean", got '
             f"reduction={reduction!r}; leave num_items out"
         )
-    if isinstance(num_items, Tensor):
-        if num_items.dim() != 0 or num_items.is_complex():
-            raise ValueError(
-                f"num_items must be a number or a 0-dim tensor, got a {num_items.dtype} tensor of "
-                f"shape {tuple(num_items.shape)}"
-            )
-        return
-    _real("num_items", num_items, "a number or a 0-dim tensor")
-    if not (num_items >= 0 and math.isfinite(num_items)):
-        raise ValueError(f"num_items must be finite and not negative, got {num_items!r}")
+    _number("num_items", num_items, "a number or a 0-dim tensor", "it is one count for the batch")
+    if not isinstance(num_items, Tensor) and not 0 <= num_items <= 1e37:
+        raise ValueError(
+            f"num_items must be finite and not negative, got {num_items!r}; pass the number of "
+            "tokens that count"
+        )
 
 
 def shift_shape(student: Tensor) -> None:

@@ -192,9 +192,10 @@ def gradient_scalars(
         g_y, weight = torch.zeros_like(up), torch.ones_like(up)
     w1 = up * weight * inv_temperature
     w0 = -up * (weight * row.slope * inv_temperature + g_y)
-    zero = (label == IGNORED) | ((row.is_inf | row.alone) & ~row.is_nan)
+    # a row that the caller weighs with 0 (num_items=0, say) has gradient 0, whatever it holds
+    zero = (label == IGNORED) | (upstream == 0) | ((row.is_inf | row.alone) & ~row.is_nan)
     live = ~(zero | row.is_nan)
-    poison = torch.where(row.is_nan & (label != IGNORED), NAN, torch.zeros_like(up))
+    poison = torch.where(row.is_nan & ~zero, NAN, torch.zeros_like(up))
     # log2d = +inf tells the kernels that the row's gradient is 0 and need not be read
     log2d = torch.where(live, sums[1].log2(), torch.where(zero, INF, torch.zeros_like(up)))
     w1 = torch.where(live, w1, 0.0)

@@ -294,4 +294,4 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     """
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype, non_blocking=True)
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), float(value), dtype=dtype, device=device)
