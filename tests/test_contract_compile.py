@@ -312,11 +312,12 @@ def recorded(backend, dtype=torch.float32):
             return function(*args, **(kwargs or {}))
 
     s, t, y = data(2, 3)
-    s, t = s.to(dtype)[:, :2], torch.cat([t, t[..., :2]], -1)[:, :2]  # not contiguous
-    y = y[:, :2].int()
+    # dense but transposed, and not dense: an op's result must not take over such strides
+    s, t = s.to(dtype).transpose(0, 1), torch.cat([t, t[..., :3]], -1).transpose(0, 1)[..., :-1]
+    y = y.T.int()
     s.requires_grad_()
     options = dict(vocab_mismatch="truncate", backend=backend)
-    weight = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    weight = torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, 1.0]])
     with Record():
         drkl(s, t, y, weight=weight, shift=True, return_metrics=True, **options)[0].backward()
         reverse_kl(s, t, support="teacher", **options).backward()
