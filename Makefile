@@ -4,6 +4,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,7 +22,7 @@ TERSE := awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ { print "  " $
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  may be set on the command line, e.g."
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS=  may be set, e.g."
 	@echo "  make test PYTEST_ARGS='-k packaging'      make demo DEMO_ARGS='--help'"
 
 .PHONY: venv
@@ -43,6 +44,10 @@ test: $(STAMP)  ## run every test; no GPU needed
 .PHONY: demo
 demo: $(STAMP)  ## distil small models on real text and compare the objectives, about ten minutes on two cores
 	@$(BIN)/python examples/distill/run.py $(DEMO_ARGS)
+
+.PHONY: bench
+bench: $(STAMP)  ## time the losses across vocabulary sizes, on the device that is there
+	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 .PHONY: lint
 lint: $(STAMP)  ## check style and formatting

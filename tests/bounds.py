@@ -1,4 +1,4 @@
-"""How far an implementation may be from the truth: DESIGN "what right means", in code.
+"""How far an implementation may be from the truth, in code:
 
     truth      drkl_triton.reference in float64 on the same inputs
     baseline   drkl_triton.reference in float32 (float64 inputs: float64), gradient rounded once

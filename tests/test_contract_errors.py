@@ -430,7 +430,7 @@ def test_reverse_kl_module_has_no_gamma():
         ReverseKLLoss(gamma=0.5)
 
 
-# The signatures of DESIGN §3, on which other code is written.
+# The public signatures: other code is written against them.
 
 COMMON = dict(
     weight=None,

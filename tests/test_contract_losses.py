@@ -124,6 +124,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("case", [CASES[0], *LABELLED], ids="-".join)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_mean_what_the_reference_says(loss, truth, option):
     s, t, y = data(2, 3)

@@ -1,4 +1,4 @@
-"""-inf, NaN and +inf: the table of DESIGN's edges, value and gradient, by hand and against the
+"""-inf, NaN and +inf: the table of edges (reference.py), value and gradient, by hand and against the
 reference.
 """
 
