@@ -6,6 +6,10 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+# A thread that waits gives its core up. Spinning, the default, makes many short parallel operations
+# several times slower as soon as anything else runs on the machine.
+export OMP_WAIT_POLICY ?= passive
+
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
