@@ -20,7 +20,8 @@ class Rows:
     @staticmethod
     def like(tensor: torch.Tensor) -> Rows:
         """The rows of a contiguous ``tensor`` [N, columns]."""
-        return Rows(tensor, max(1, tensor.shape[0]), (0, tensor.shape[-1]))
+        N, columns = tensor.shape
+        return Rows(tensor, max(1, N), (0, columns if N > 1 else 0))
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:

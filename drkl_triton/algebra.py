@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 # Labels that are no column (the kernels use the same numbers, kernels/row_walk.py).
 NO_LABEL = -1  # all columns count
 IGNORED = -2  # the row is not read; loss and gradient 0
-INVALID = -3  # a label outside the vocabulary; the row is not read; loss and gradient NaN
+INVALID = -3  # a label outside the vocabulary; loss and gradient NaN
 
 SUMS = 8  # rows of the table of sums
 SCALARS = 7  # rows of the table of gradient scalars
@@ -96,7 +96,9 @@ def _read(sums: Tensor, inv_temperature: Tensor, labelled: bool, label: Tensor) 
     is_nan = is_nan | torch.where(has_label, nan_target, empty | (d_t == 0))
     no_target = s_y == -INF
     is_inf = is_inf | (has_label & ~no_target & (t_y == -INF))
-    return _Row(nontarget, slope, log_d, is_nan, is_inf, empty & has_label, u, v, no_target)
+    # nothing but the label; finfo.min everywhere else comes to the same
+    alone = has_label & (empty | (u == INF))
+    return _Row(nontarget, slope, log_d, is_nan, is_inf, alone, u, v, no_target)
 
 
 def _target_kl(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +225,8 @@ def _moved(
     m_s, d_s, a, h, m_t, d_t = part[:6].unbind(0)
     down_s, down_t = m_s - top_s, m_t - top_t
     rescale = torch.exp(down_s * inv_temperature)
+    d_s = d_s * rescale
     empty = d_s == 0  # down_s may be anything there, and 0 * inf is NaN
-    a = rescale * (a + d_s * torch.where(empty, 0.0, down_s - down_t))
-    h = rescale * (h + d_s * torch.where(empty, 0.0, down_s))
-    return d_s * rescale, a, h, d_t * torch.exp(down_t * inv_temperature)
+    a = rescale * a + d_s * torch.where(empty, 0.0, down_s - down_t)
+    h = rescale * h + d_s * torch.where(empty, 0.0, down_s)
+    return d_s, a, h, d_t * torch.exp(down_t * inv_temperature)

@@ -61,7 +61,7 @@ def row_labels(like, labels, weight, ignore_index, V, shift, strict):
         codes = torch.where(weight == 0, IGNORED, codes)
     if shift:
         codes = torch.cat([codes[..., 1:], torch.full_like(codes[..., :1], IGNORED)], dim=-1)
-    return codes
+    return codes.contiguous()  # where() keeps the strides of transposed labels; the fake has none
 
 
 @row_labels.register_fake

@@ -177,8 +177,8 @@ def drkl(
 
     Args:
         labels: ``[...]`` int64 or int32, required. A label outside ``[0, V)`` that is not
-            ``ignore_index`` is a ValueError when the labels are on the CPU; on a GPU, where looking
-                would stall the device, the row's loss and gradient are NaN.
+            ``ignore_index`` (or of weight 0) is a ValueError when the labels are on the CPU; on a
+            GPU, where looking would stall the device, the row's loss and gradient are NaN.
         gamma: weight of the non-target part. Positive number, or 0-dim tensor (not validated, no
             gradient).
 
@@ -293,5 +293,6 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     nothing.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+        # towards the CPU a copy that does not wait could be read before it has arrived
+        return value.detach().to(device, dtype, non_blocking=device.type != "cpu")
     return torch.full((), float(value), dtype=dtype, device=device)

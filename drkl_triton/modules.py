@@ -20,7 +20,7 @@ class ReverseKLLoss(nn.Module):
 
     ``forward(student_logits, teacher_logits, labels=None, *, weight=None, num_items=None)`` takes
     ``[..., V]`` logits and ``[...]`` labels and weights; wrong options raise already in
-        ``__init__``.
+    ``__init__``.
     """
 
     def __init__(

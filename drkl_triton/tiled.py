@@ -171,7 +171,7 @@ def row_grad(
     if label.device.type == "cpu":
         out[read == IGNORED, :V] = fill[read == IGNORED].to(out.dtype)
     log_d = log2d * LN2
-    low = torch.finfo(acc).min / 4
+    low = -(torch.finfo(acc).max ** 0.5)  # exp(low) = 0, and low * w1 stays finite
     for i, j in _slabs(N, scratch.rows, student, teacher, label=read):
         rows = slice(i, j)
         for c, e in scratch.column_tiles(V):

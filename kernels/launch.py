@@ -38,7 +38,7 @@ def equally_aligned(*rows):
     """Whether row i of every operand lies equally far from a 16-byte boundary, for all i.
 
     ``rows`` have ``tensor``, ``inner`` and ``strides``; row i starts at (i // inner) * strides[0] +
-        (i % inner) * strides[1].
+    (i % inner) * strides[1].
     """
 
     def phase(r):

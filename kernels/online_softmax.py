@@ -61,12 +61,15 @@ def move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY: tl.const
     down_s = m_s - new_s
     down_t = m_t - new_t
     rescale = tl.exp2(down_s * scale)
-    # In an empty state down_s may be anything, even -inf: 0 * -inf would be NaN.
+    d_s *= rescale
+    # Where nothing is left of the state down_s may be anything, even -inf: 0 * -inf would be NaN.
+    # And down_s near -3e38 (masks written with finfo.min) must not be multiplied before d_s has
+    # become 0.
     empty = d_s == 0.0
-    a = rescale * (a + d_s * tl.where(empty, 0.0, down_s - down_t))
+    a = rescale * a + d_s * tl.where(empty, 0.0, down_s - down_t)
     if ENTROPY:
-        h = rescale * (h + d_s * tl.where(empty, 0.0, down_s))
-    return d_s * rescale, a, h, d_t * tl.exp2(down_t * scale)
+        h = rescale * h + d_s * tl.where(empty, 0.0, down_s)
+    return d_s, a, h, d_t * tl.exp2(down_t * scale)
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 
 scalars[0:7, row] = m_s, m_t, log2d, w1, w0, at_label, fill
 
-fill is the value where the student's logit is -inf: 0, or NaN in a row that is NaN.
+fill is the value where the exponential is 0: 0, or NaN in a row that is NaN.
 A row whose log2d is +inf has gradient 0 everywhere and is not read. Reads 2 N V elements and writes
 N V, each once.
 """
@@ -34,8 +34,9 @@ SCALARS = 7
 def gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill):
     x = s - m_s
     e = tl.exp2(x * scale - log2d)
-    # The student leaves the column out: 0, whatever the teacher says (0 * inf would be NaN).
-    return tl.where(s == float("-inf"), fill, e * (w1 * (x - (t - m_t)) + w0))
+    # The student leaves the column out, or as good as: 0, whatever the teacher says. 0 * inf is
+    # NaN.
+    return tl.where(e == 0.0, fill, e * (w1 * (x - (t - m_t)) + w0))
 
 
 @triton.jit

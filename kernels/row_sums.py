@@ -142,8 +142,8 @@ def row_sums(
     entropy=False,
     splits=None,
 ):
-    """Launch the scan. student, teacher: launch.Rows; label int64 [N]; inv_temperature 0-dim.
-    Returns sums [8, N].
+    """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
+    [N]; inv_temperature 0-dim. Returns sums [8, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     tile = tuning.choose(V, student, teacher, rows=N, splits=splits)

@@ -20,9 +20,7 @@ import triton.language as tl
 # Labels that are no column. algebra.py and the tiled backend use the same numbers.
 NO_LABEL: tl.constexpr = tl.constexpr(-1)  # all columns count
 IGNORED: tl.constexpr = tl.constexpr(-2)  # the row is not read
-INVALID: tl.constexpr = tl.constexpr(
-    -3
-)  # a label outside the vocabulary: the row is not read and its loss is NaN
+INVALID: tl.constexpr = tl.constexpr(-3)  # a label outside the vocabulary: loss and gradient NaN
 
 
 @triton.jit

@@ -30,7 +30,6 @@ FUNCTIONS = {
     "softmax": lambda s, t, y, **o: softmax(s, **o),
     "log_softmax": lambda s, t, y, **o: log_softmax(s, temperature=0.5, **o),
 }
-functions = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def data(*shape):
@@ -60,7 +59,9 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@functions
+@pytest.mark.parametrize(
+    "name, backend", [*((name, "tiled") for name in FUNCTIONS), ("drkl", "triton")]
+)
 def test_fullgraph(name, backend):
     args = data(2, 3)
     function, counter = compiled(FUNCTIONS[name])

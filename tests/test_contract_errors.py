@@ -54,7 +54,7 @@ BAD_LOGITS = {
     "complex": (STUDENT.to(torch.complex64), TypeError, FLOATS, "complex64"),
     "float8": (STUDENT.to(torch.float8_e4m3fn), TypeError, FLOATS, "float8_e4m3fn"),
     "coo": (STUDENT.to_sparse(), TypeError, "dense", "sparse_coo"),
-    "csr": (STUDENT.to_sparse_csr(), TypeError, "dense", "sparse_csr"),
+    "mkldnn": (STUDENT[None].to_mkldnn(), TypeError, "dense", "mkldnn"),
     "0-dim": (torch.tensor(1.0), ValueError, r"\[\.\.\., V\]|last dimension", r"\(\)"),
     "no columns": (torch.zeros(N, 0), ValueError, "at least one column", r"\(4, 0\)"),
     "no rows, no columns": (torch.zeros(0, 0), ValueError, "at least one column", r"\(0, 0\)"),

@@ -22,6 +22,15 @@ LOSSES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from a second one, and lose to whatever else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # The kernels do not know which loss they serve: with labels, one of the two is enough for them.
 LABELLED = [("rkl", "tiled"), ("drkl", "tiled"), ("drkl", "triton")]
 CASES = [("rkl-without-labels", "tiled"), ("rkl-without-labels", "triton"), *LABELLED]
@@ -235,10 +244,16 @@ def nothing_counts(why):
     return s, t, y, options
 
 
-@pytest.mark.parametrize("why", ["labels", "weight", "zero", "tensor", "shift", "negative"])
-def test_zero_connected_to_the_graph(loss, name, why):
-    if why == "labels" and name == "rkl-without-labels":
-        pytest.skip("it has no labels")
+@pytest.mark.parametrize(
+    "case, why",
+    [
+        (case, why)
+        for case in CASES
+        for why in ("labels", "weight", "zero", "tensor", "shift", "negative")
+        if case in LABELLED or why != "labels"
+    ],
+)
+def test_zero_connected_to_the_graph(loss, why):
     s, t, y, options = nothing_counts(why)
     value, grad = run(loss, s, t, y, **options)
     assert value == 0 and value.shape == () and value.requires_grad
@@ -306,12 +321,12 @@ def ignoring(how, rows):
     return {}, mask
 
 
-@pytest.mark.parametrize("how", ["labels", "weight"])
 @pytest.mark.parametrize("rows", [[0, 3, 4], [0, 1, 2, 4, 5, 6, 7]], ids=str)
-def test_ignored_rows_are_not_read(loss, name, how, rows):
+@pytest.mark.parametrize(
+    "case, how", [*((case, "weight") for case in CASES), *((case, "labels") for case in LABELLED)]
+)
+def test_ignored_rows_are_not_read(loss, how, rows):
     """Garbage in logits and upstream gradient there changes no bit of the other rows."""
-    if how == "labels" and name == "rkl-without-labels":
-        pytest.skip("it has no labels")
     s, t, y = data(2, 4)
     options, mask = ignoring(how, rows)
     if mask is not None:

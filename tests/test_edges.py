@@ -1,5 +1,5 @@
-"""-inf, NaN and +inf: the table of edges (reference.py), value and gradient, by hand and against the
-reference.
+"""-inf, NaN and +inf: the table of edges (reference.py), value and gradient, by hand and against
+the reference.
 """
 
 import math
@@ -201,3 +201,55 @@ def test_finite_extremes_do_not_turn_into_nan(backend):
     s[0], t[0] = low, low  # a row that is masked as a whole is flat
     loss, grad = run(drkl_triton.reverse_kl, s, t, None, torch.ones(2), backend=backend)
     assert loss[0] == 0 and (grad[0] == 0).all()
+
+
+@over_losses
+@pytest.mark.parametrize("who", ["both", "student", "one-column"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_written_with_the_lowest_finite_number(name, labelled, who, dtype, backend):
+    """Also where a lane has seen several of them before its maximum moves."""
+    low = torch.finfo(dtype).min
+    s, t = torch.randn(4, 5000).to(dtype), torch.randn(4, 5000).to(dtype)
+    masked = slice(7, 8) if who == "one-column" else slice(16, 4900)
+    s[:, masked] = low
+    if who == "both":
+        t[:, masked] = low
+    labels = torch.tensor([0, 10, 4950, 4999]) if labelled else None
+    upstream = 100 * torch.randn(4)  # also large enough to overflow a product with the mask
+    for splits in (s, t), (s.flip(1), t.flip(1)):
+        assert max(excess(name, *splits, labels, upstream, backend=backend)) <= 1
+    options = dict(labels=labels, return_metrics=True)
+    _, ours = getattr(drkl_triton, name)(s, t, backend=backend, **options)
+    _, truth = getattr(reference, name)(s.double(), t.double(), **options)
+    torch.testing.assert_close(
+        ours.student_entropy, truth.student_entropy.float(), rtol=1e-5, atol=1e-5
+    )
+
+
+@over_losses
+def test_large_gradients_stay_zero_where_the_student_is_out(name, labelled, backend):
+    """Loss scaling multiplies the upstream gradient by 65,536 and more; 0 * inf must not appear."""
+    s, t, y = torch.randn(2, 70), torch.randn(2, 70), torch.tensor([3, 4])
+    s[:, 10:20], t[0, 10:15] = -INF, -INF
+    labels = y if labelled else None
+    upstream = torch.tensor([3e9, -1e6])
+    assert max(excess(name, s, t, labels, upstream, backend=backend, temperature=0.4)) <= 1
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "drkl"])
+def test_one_hot_student_of_finite_logits(name, backend):
+    s = torch.full((1, 9), torch.finfo(torch.float32).min)
+    s[0, 3], t = 0.0, torch.randn(1, 9)
+    loss, grad = run(
+        getattr(drkl_triton, name),
+        s,
+        t,
+        torch.tensor([3]),
+        torch.ones(1),
+        backend=backend,
+        temperature=0.5,
+    )
+    expected = -torch.log_softmax(t / 0.5, -1)[0, 3]
+    if name == "reverse_kl":
+        torch.testing.assert_close(loss[0], expected)
+    assert loss.isfinite().all() and (grad == 0).all()

@@ -211,3 +211,15 @@ def test_equally_aligned_is_never_promised_wrongly_and_is_seen_where_it_matters(
             assert same or not promised, (name, other)
     for pair in (("whole", "copy"), ("slice", "slice"), ("even", "even-slice")):
         assert kernels.launch.equally_aligned(*(rows_of(tensors[k]) for k in pair)), pair
+
+
+@pytest.mark.parametrize("which", ["labels", "weight"])
+def test_transposed_labels_and_weight(which, backend):
+    s, t = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    rows = dict(labels=torch.randint(8, (5, 3)).T, weight=torch.rand(5, 3).T)
+    options = {which: rows[which]}
+    straight = {which: rows[which].contiguous()}
+    ours = drkl_triton.reverse_kl(s, t, reduction="none", backend=backend, **options)
+    assert torch.equal(
+        ours, drkl_triton.reverse_kl(s, t, reduction="none", backend=backend, **straight)
+    )
