@@ -174,6 +174,8 @@ def integer(name: str, value) -> None:
         raise TypeError(
             f"{name} must be an int, got {type(value).__name__}; pass a Python int such as -100"
         )
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into int64, got {value}; pass a number such as -100")
 
 
 def flag(name: str, value) -> None:

@@ -63,6 +63,10 @@ class DivergenceFunction(torch.autograd.Function):
             student, teacher, label, inv_temperature, V, teacher_support, metrics, backend
         )
         out = algebra.losses(sums, label, inv_temperature, gamma, labelled, metrics)
+        # a teacher from torch.inference_mode() cannot be saved in the graph, and needs no watching
+        ctx.inference_teacher = None
+        if not torch.compiler.is_compiling() and teacher.is_inference():
+            ctx.inference_teacher, teacher = teacher, None
         ctx.save_for_backward(student, teacher, label, inv_temperature, gamma, sums)
         ctx.options = (V, labelled, teacher_support, backend)
         ctx.mark_non_differentiable(*out[1:])
@@ -71,6 +75,8 @@ class DivergenceFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
         student, teacher, label, inv_temperature, gamma, sums = ctx.saved_tensors
+        if teacher is None:
+            teacher = ctx.inference_teacher
         V, labelled, teacher_support, backend = ctx.options
         dstudent = None
         if ctx.needs_input_grad[0]:

@@ -192,7 +192,8 @@ def _divergence(
     loss = torch.where(ignored, 0.0, loss)
 
     weight = torch.where(ignored, 0.0, weight.to(dtype))
-    reduced = _reduce(loss, ignored, weight, reduction, num_items)
+    connected_zero = 0.0 * torch.where(s_row.isfinite(), s_row, 0.0).sum()
+    reduced = _reduce(loss, weight, reduction, num_items, connected_zero)
     if not return_metrics:
         return reduced
     with torch.no_grad():
@@ -205,7 +206,7 @@ def _is_bad(x: Tensor) -> Tensor:
     return (x.isnan() | (x == INF)).any(-1) | (x == -INF).all(-1)
 
 
-def _reduce(loss, ignored, weight, reduction, num_items):
+def _reduce(loss, weight, reduction, num_items, connected_zero):
     loss = loss * weight
     if reduction == "none":
         return loss
@@ -216,7 +217,7 @@ def _reduce(loss, ignored, weight, reduction, num_items):
         if num_items is None
         else torch.as_tensor(num_items, dtype=loss.dtype, device=loss.device)
     )
-    return loss.sum() * 0.0 if denominator == 0 else loss.sum() / denominator
+    return connected_zero if denominator == 0 else loss.sum() / denominator
 
 
 def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labelled):

@@ -321,7 +321,8 @@ def recorded(backend, dtype=torch.float32):
     weight = torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, 1.0]])
     with Record():
         drkl(s, t, y, weight=weight, shift=True, return_metrics=True, **options)[0].backward()
-        reverse_kl(s, t, support="teacher", **options).backward()
+        reverse_kl(s, t, y, weight=weight, support="teacher", **options).backward()
+        reverse_kl(s, t, weight=weight.T.contiguous().T, **options)
         softmax(s, backend=backend).sum().backward()
         log_softmax(s, backend=backend)[..., 0].sum().backward()
     return calls

@@ -214,6 +214,21 @@ def test_labels_may_be_int32(loss):
 
 
 @labelled
+@pytest.mark.parametrize("shift", [False, True])
+def test_labels_and_weight_of_any_stride(loss, shift):
+    s, t, y = data(2, 3)
+    w = torch.rand(2, 3)
+    options = dict(reduction="none", shift=shift, return_metrics=True)
+    expected = run(loss, s, t, y, weight=w, **options)
+    same(run(loss, s, t, y.T.contiguous().T, weight=w.T.contiguous().T, **options), expected)
+    wide_y, wide_w = y.repeat_interleave(2, 1)[:, ::2], w.repeat_interleave(2, 1)[:, ::2]
+    same(run(loss, s, t, wide_y, weight=wide_w, **options), expected)
+    first = y[:1].expand(2, 3), w[:1].expand(2, 3)
+    expected = run(loss, s, t, first[0].clone(), weight=first[1].clone(), **options)
+    same(run(loss, s, t, first[0], weight=first[1], **options), expected)
+
+
+@labelled
 @pytest.mark.parametrize("index", [0, 5, -1, -2, -3, 10**6])
 def test_any_ignore_index(loss, index):
     """Also a token of the vocabulary (padding), and the numbers the kernels use for themselves."""

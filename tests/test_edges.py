@@ -253,3 +253,24 @@ def test_one_hot_student_of_finite_logits(name, backend):
     if name == "reverse_kl":
         torch.testing.assert_close(loss[0], expected)
     assert loss.isfinite().all() and (grad == 0).all()
+
+
+def test_a_teacher_from_inference_mode(backend):
+    """The usual way to run a teacher; plain PyTorch could not save such a tensor."""
+    s, y = torch.randn(4, 70), torch.tensor([0, 1, 2, -100])
+    plain = torch.randn(4, 70)
+    with torch.inference_mode():
+        teacher = plain.clone()
+    ours = run(drkl_triton.drkl, s, teacher, y, torch.ones(4), backend=backend)
+    same = run(drkl_triton.drkl, s, plain, y, torch.ones(4), backend=backend)
+    assert all(map(torch.equal, ours, same))
+
+
+@over_losses
+def test_a_denominator_of_zero_in_the_reference(name, labelled):
+    s, t = torch.tensor([S, S, without(S, 1)]).requires_grad_(), torch.tensor([T, T, T])
+    t[0, 0], t[1, 0] = NAN, -INF
+    labels = torch.tensor([2, 2, 2]) if labelled else None
+    loss = getattr(reference, name)(s, t, labels, num_items=0)
+    (grad,) = torch.autograd.grad(loss, s)
+    assert loss == 0 and (grad == 0).all()
