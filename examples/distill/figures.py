@@ -51,7 +51,7 @@ def panel(axes, xlabel, ylabel, title=None):
         axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.25)
     if axes.get_xscale() == "linear":
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=4)
     axes.spines[["top", "right"]].set_visible(False)
 
 
