@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 
 # A thread that waits gives its core up. Spinning, the default, makes many short parallel operations
 # several times slower as soon as anything else runs on the machine.
-export OMP_WAIT_POLICY ?= passive
+test demo: export OMP_WAIT_POLICY ?= passive
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
