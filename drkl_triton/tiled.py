@@ -2,7 +2,7 @@
 device, no Triton.
 
 Same signatures, same tables and same edges as ``drkl_triton.kernels``. A tile is at most TILE
-elements, so the extra memory is a 12 MB (24 in float64) whatever the size of the logits. A row
+elements, so the extra memory is 12 MB (24 in float64) whatever the size of the logits. A row
 longer than TILE is walked in several tiles whose sums are merged.
 """
 
