@@ -59,16 +59,15 @@ def softmax_sums_kernel(
     x_body = body_pointer(x_row, head, ALIGNED)
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     for i in range(first, last):
-        x = tl.load(x_body + tile_offsets(i, LANES, VEC)).to(ACC)
+        x = load_tile(x_body + tile_offsets(i, LANES, VEC), None, 0.0, ACC)
         m, d = add_exponentials(m, d, x, scale)
     if is_end:
         mask = vector_mask(body // LANES, body, -1, LANES, VEC)
-        x = tl.load(
-            x_body + tile_offsets(body // LANES, LANES, VEC), mask=mask, other=float("-inf")
-        ).to(ACC)
+        offs = tile_offsets(body // LANES, LANES, VEC)
+        x = load_tile(x_body + offs, mask, float("-inf"), ACC)
         m, d = add_exponentials(m, d, x, scale)
         cols, mask = end_columns(head, body, -1, V, LANES, VEC)
-        x = tl.load(x_row + cols, mask=mask, other=float("-inf")).to(ACC)
+        x = load_tile(x_row + cols, mask, float("-inf"), ACC)
         m, d = add_exponentials(m, d, x, scale)
     m, d = merge_exponentials(m, d, scale)
     sums_ptr += tl.program_id(1).to(tl.int64) * 2 * N + row
@@ -125,15 +124,15 @@ def softmax_kernel(
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     for i in range(first, last):
         offs = tile_offsets(i, LANES, VEC)
-        y = output(tl.load(x_body + offs).to(ACC), scale, m, log2d, LOG)
+        y = output(load_tile(x_body + offs, None, 0.0, ACC), scale, m, log2d, LOG)
         tl.store(y_body + offs, y.to(OUT))
     if is_end:
         offs = tile_offsets(body // LANES, LANES, VEC)
         mask = vector_mask(body // LANES, body, -1, LANES, VEC)
-        y = output(tl.load(x_body + offs, mask=mask, other=0.0).to(ACC), scale, m, log2d, LOG)
+        y = output(load_tile(x_body + offs, mask, 0.0, ACC), scale, m, log2d, LOG)
         tl.store(y_body + offs, y.to(OUT), mask=mask)
         cols, mask = end_columns(head, body, -1, V, LANES, VEC)
-        y = output(tl.load(x_row + cols, mask=mask, other=0.0).to(ACC), scale, m, log2d, LOG)
+        y = output(load_tile(x_row + cols, mask, 0.0, ACC), scale, m, log2d, LOG)
         tl.store(y_row + cols, y.to(OUT), mask=mask)
 
 
