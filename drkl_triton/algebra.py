@@ -31,7 +31,7 @@ NO_LABEL = -1  # all columns count
 IGNORED = -2  # the row is not read; loss and gradient 0
 INVALID = -3  # a label outside the vocabulary; loss and gradient NaN
 
-SUMS = 8  # rows of the table of sums
+SUMS = 9  # rows of the table of sums
 SCALARS = 7  # rows of the table of gradient scalars
 
 INF = float("inf")
@@ -71,7 +71,7 @@ class _Row(NamedTuple):
 
 
 def _read(sums: Tensor, inv_temperature: Tensor, labelled: bool, label: Tensor) -> _Row:
-    m_s, d_s, a, _, m_t, d_t, s_y, t_y = sums.unbind(0)
+    m_s, d_s, a, _, m_t, d_t, s_y, t_y, _ = sums.unbind(0)
     log_d, log_dt = d_s.log(), d_t.log()
     empty = d_s == 0
     slope = torch.where(empty, 0.0, a / torch.where(empty, 1.0, d_s))
@@ -124,7 +124,7 @@ def losses(
     """The loss of every row, [N]; with ``metrics`` also the fields of RowMetrics after it (those it
     has without labels).
 
-    sums [8, N]; label int64 [N]; gamma None: reverse KL; labelled: whether the caller gave labels
+    sums [9, N]; label int64 [N]; gamma None: reverse KL; labelled: whether the caller gave labels
     at all.
     """
     row = _read(sums, inv_temperature, labelled, label)
@@ -192,21 +192,26 @@ def gradient_scalars(
         weight = torch.where(has_label, rest if gamma is None else gamma, 1.0)
     else:
         g_y, weight = torch.zeros_like(up), torch.ones_like(up)
-    w1 = up * weight * inv_temperature
-    w0 = -up * (weight * row.slope * inv_temperature + g_y)
+    w1 = up * weight * inv_temperature / sums[1]
+    w0 = -up * (weight * row.slope * inv_temperature + g_y) / sums[1]
     # a row that the caller weighs with 0 (num_items=0, say) has gradient 0, whatever it holds
     zero = (label == IGNORED) | (upstream == 0) | ((row.is_inf | row.alone) & ~row.is_nan)
     live = ~(zero | row.is_nan)
     poison = torch.where(row.is_nan & ~zero, NAN, torch.zeros_like(up))
-    # log2d = +inf tells the kernels that the row's gradient is 0 and need not be read
-    log2d = torch.where(live, sums[1].log2(), torch.where(zero, INF, torch.zeros_like(up)))
+    # shift = +inf tells the kernels that the row's gradient is 0 and need not be read. Elsewhere it
+    # moves powers of two from w1 to the exponential, so that w1 times the lowest finite number (a
+    # mask, where the exponential is 0) does not overflow: 0 * inf is NaN.
     w1 = torch.where(live, w1, 0.0)
-    w0, at_label = (torch.where(live, x, poison) for x in (w0, up * g_y))
-    return torch.stack([sums[0], sums[4], log2d, w1, w0, at_label, poison])
+    shift = -(w1.abs().log2().ceil() + 2).clamp_min(0)
+    w1 = w1 * torch.exp2(shift)
+    w0 = torch.where(live, w0 * torch.exp2(shift), poison)
+    at_label = torch.where(live, up * g_y, poison)
+    shift = torch.where(zero, INF, shift)
+    return torch.stack([sums[0], sums[4], shift, w1, w0, at_label, sums[8]])
 
 
 def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:
-    """The sums [8, N] of two disjoint sets of columns from the sums of each (formulas:
+    """The sums [9, N] of two disjoint sets of columns from the sums of each (formulas:
     kernels/online_softmax.py).
 
     The label's logits are taken from whichever side has them; the other side holds -inf.
@@ -215,8 +220,8 @@ def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:
     top_t = torch.maximum(left[4], right[4])
     parts = [_moved(part, top_s, top_t, inv_temperature) for part in (left, right)]
     d_s, a, h, d_t = (x + y for x, y in zip(*parts, strict=True))
-    labels = torch.maximum(left[6:], right[6:])
-    return torch.cat([torch.stack([top_s, d_s, a, h, top_t, d_t]), labels])
+    rest = torch.maximum(left[6:], right[6:])
+    return torch.cat([torch.stack([top_s, d_s, a, h, top_t, d_t]), rest])
 
 
 def _moved(

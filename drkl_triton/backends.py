@@ -76,7 +76,7 @@ def _(like, labels, weight, ignore_index, V, shift, strict):
     "bool teacher_support, bool entropy, str backend) -> Tensor",
 )
 def row_sums(student, teacher, label, inv_temperature, V, teacher_support, entropy, backend):
-    """The table of sums [8, N] (kernels/row_sums.py)."""
+    """The table of sums [9, N] (kernels/row_sums.py)."""
     return _implementation(backend).row_sums(
         rows_of(student),
         rows_of(teacher),

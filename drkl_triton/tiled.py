@@ -89,7 +89,7 @@ def row_sums(
     teacher_support: bool = False,
     entropy: bool = False,
 ) -> Tensor:
-    """The table of sums [8, N] (kernels/row_sums.py). Rows that are not read hold 0."""
+    """The table of sums [9, N] (kernels/row_sums.py). Rows that are not read hold 0."""
     N, acc = label.numel(), inv_temperature.dtype
     sums = torch.zeros(SUMS, N, dtype=acc, device=label.device)
     scratch = _Scratch(acc, label.device, V)
@@ -117,7 +117,7 @@ def row_sums(
 
 
 def _tile_sums(s, t, label, inv_temperature, buffers, teacher_support, entropy, careful):
-    """Sums [8, rows] of one tile. ``label`` counts from the tile's first column. Not ``careful``:
+    """Sums [9, rows] of one tile. ``label`` counts from the tile's first column. Not ``careful``:
     `a` is NaN on any -inf.
     """
     x, z, ratio = buffers
@@ -148,7 +148,7 @@ def _tile_sums(s, t, label, inv_temperature, buffers, teacher_support, entropy, 
     if entropy:
         h = x.masked_fill_(x == -INF, 0.0).mul_(e).sum(1)
     a = ratio.mul_(e).sum(1)
-    return torch.stack([m_s, d_s, a, h, m_t, d_t, *at_label])
+    return torch.stack([m_s, d_s, a, h, m_t, d_t, *at_label, torch.full_like(a, careful)])
 
 
 def row_grad(
@@ -166,13 +166,14 @@ def row_grad(
     out = new_output((N, columns), student.tensor.dtype, label.device)
     out[:, V:].zero_()
     scratch = _Scratch(acc, label.device, V)
-    m_s, m_t, log2d, w1, w0, at_label, fill = scalars[:, :, None].unbind(0)
-    zero = log2d == INF
+    m_s, m_t, shift, w1, w0, at_label, _ = scalars[:, :, None].unbind(0)
+    zero = shift == INF
+    fill = torch.where(w0.isnan(), w0, 0.0)
     # rows of gradient 0 are not read: the labels of the rows that remain
     read = torch.where(zero[:, 0], IGNORED, torch.where(label == INVALID, IGNORED, label))
     if label.device.type == "cpu":
         out[read == IGNORED, :V] = fill[read == IGNORED].to(out.dtype)
-    log_d = log2d * LN2
+    log_d = shift * LN2
     low = -(torch.finfo(acc).max ** 0.5)  # exp(low) = 0, and low * w1 stays finite
     for i, j in _slabs(N, scratch.rows, student, teacher, label=read):
         rows = slice(i, j)

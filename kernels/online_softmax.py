@@ -15,6 +15,13 @@ subtracted. States of disjoint sets merge in any order.
 A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the loop runs along VEC,
 inside one thread. The lanes are merged once, at the end of the row, so the loop over the vocabulary
 holds no barrier.
+
+Nothing needs m to be the maximum: any number that is not so far below it that the sums overflow
+serves as well, because a float keeps its relative precision wherever it stands. So most of a row is
+summed relative to the maximum of its first tile (``add_tile_at``), with no maximum, no rescaling and
+no select in the loop, and ``sums_are_good`` says afterwards whether that went well. Where it did
+not (a -inf or a NaN somewhere, or a logit far above the first tile's) ``add_tile`` does the row
+again with running maxima.
 """
 
 import triton
@@ -53,6 +60,35 @@ def add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY: tl.constexpr):
     if ENTROPY:
         h += tl.sum(e * tl.where(absent, 0.0, x), axis=1)
     return new_s, d_s, a, h, new_t, d_t
+
+
+@triton.jit
+def add_tile_at(d_s, a, h, d_t, s, t, m_s, m_t, scale, ENTROPY: tl.constexpr):
+    """Fold the tiles s, t into sums of the tile's own shape, relative to fixed m_s, m_t. Wrong, and
+    not finite, where a logit is -inf.
+    """
+    x = s - m_s
+    z = t - m_t
+    e = tl.exp2(x * scale)
+    d_s += e
+    d_t += tl.exp2(z * scale)
+    a += e * (x - z)
+    if ENTROPY:
+        h += e * x
+    return d_s, a, h, d_t
+
+
+@triton.jit
+def sums_are_good(d_s, a, h, d_t):
+    """Whether sums made by ``add_tile_at`` can be trusted. False with any NaN.
+
+    0 * inf = NaN and e * inf = inf, so a finite `a` means that no logit was infinite. Sums below
+    2^32 mean that m is at most 22 nats (at temperature 1) below the maximum, so that log d keeps
+    five bits less than it could, and rescaling never meets a denormal.
+    """
+    limit: tl.constexpr = 4294967296.0
+    finite: tl.constexpr = 3.0e38
+    return (d_s < limit) & (d_t < limit) & (tl.abs(a) < finite) & (tl.abs(h) < finite)
 
 
 @triton.jit

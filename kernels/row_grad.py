@@ -1,13 +1,13 @@
 """Write the gradient of a row from its scalars: the one form that RKL's and DRKL's gradients share.
 
-    dstudent_k = 2^{scale (s_k - m_s) - log2d} (w1 ((s_k - m_s) - (t_k - m_t)) + w0)      k != label
+    dstudent_k = 2^{scale (s_k - m_s) - shift} (w1 ((s_k - m_s) - (t_k - m_t)) + w0)      k != label
     dstudent_label = at_label
 
-scalars[0:7, row] = m_s, m_t, log2d, w1, w0, at_label, fill
+scalars[0:7, row] = m_s, m_t, shift, w1, w0, at_label, care
 
-fill is the value where the exponential is 0: 0, or NaN in a row that is NaN.
-A row whose log2d is +inf has gradient 0 everywhere and is not read. Reads 2 N V elements and writes
-N V, each once.
+A row whose shift is +inf has gradient 0 everywhere and is not read. ``care`` is 0 where no logit of
+the row is infinite (the label's aside): then the product above is right as it stands. A row that is
+NaN has w0 = NaN. Reads 2 N V elements and writes N V, each once.
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import launch, tuning
 from .online_softmax import LOG2E
-from .row_sums import load_pair
+from .row_sums import load_pair, load_whole_pair
 from .row_walk import (
     body_pointer,
     cut_row,
@@ -31,21 +31,49 @@ SCALARS = 7
 
 
 @triton.jit
-def gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill):
-    x = s - m_s
-    e = tl.exp2(x * scale - log2d)
-    # The student leaves the column out, or as good as: 0, whatever the teacher says. 0 * inf is
-    # NaN.
-    return tl.where(e == 0.0, fill, e * (w1 * (x - (t - m_t)) + w0))
-
-
-@triton.jit
 def to_output(g, OUT: tl.constexpr):
     # float64 straight to bfloat16 is not a conversion every target (or the interpreter) has right
     if g.dtype == tl.float64:
         if OUT != tl.float64:
             g = g.to(tl.float32)
     return g.to(OUT)
+
+
+@triton.jit
+def gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL: tl.constexpr, OUT: tl.constexpr):
+    x = s - m_s
+    e = tl.exp2(x * scale - shift)
+    g = e * (w1 * (x - (t - m_t)) + w0)
+    if CAREFUL:
+        # The student leaves the column out, or as good as: 0, whatever the teacher says. 0 * inf is
+        # NaN.
+        g = tl.where(e == 0.0, tl.where(w0 == w0, 0.0, w0), g)
+    return to_output(g, OUT)
+
+
+@triton.jit
+def grad_tiles(
+    s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    TEACHER_SUPPORT: tl.constexpr, CAREFUL: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The tiles first ... last - 1, without ``picked`` if that is one of them."""
+    for i in tl.range(first, last - mine.to(tl.int32), loop_unroll_factor=UNROLL):
+        tile = i + (i >= picked).to(tl.int32)
+        s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
+        g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL, d_body.dtype.element_ty)
+        tl.store(d_body + tile_offsets(tile, LANES, VEC), g)
+
+
+@triton.jit
+def grad_part(
+    s_ptr, t_ptr, d_ptr, offs, mask, scale, m_s, m_t, shift, w1, w0,
+    ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+):  # fmt: skip
+    """The columns under the mask."""
+    s, t = load_pair(s_ptr, t_ptr, offs, mask, ACC, TEACHER_SUPPORT)
+    g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, True, d_ptr.dtype.element_ty)
+    tl.store(d_ptr + offs, g, mask=mask)
 
 
 @triton.jit
@@ -67,7 +95,7 @@ def store_zeros(
             mask=vector_mask(tile, body, -1, LANES, VEC),
         )
         cols, mask = end_columns(head, body, -1, V, LANES, VEC)
-        tl.store(row_ptr + cols, zeros, mask=mask)
+        tl.store(row_ptr + cols, tl.zeros([LANES, 1], row_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -82,18 +110,16 @@ def row_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     scalars_ptr += row
-    log2d = tl.load(scalars_ptr + 2 * N)
+    shift = tl.load(scalars_ptr + 2 * N)
     d_row = dstudent_ptr + row * stride_d
-    OUT: tl.constexpr = dstudent_ptr.dtype.element_ty
     head, body = cut_row(d_row, V, VEC, ALIGNED)
-    if log2d == float("inf"):
+    if shift == float("inf"):
         store_zeros(d_row, head, body, V, LANES, VEC, SPLITS, ALIGNED)
     else:
         m_s = tl.load(scalars_ptr)
         m_t = tl.load(scalars_ptr + N)
         w1 = tl.load(scalars_ptr + 3 * N)
         w0 = tl.load(scalars_ptr + 4 * N)
-        fill = tl.load(scalars_ptr + 6 * N)
         label = tl.load(label_ptr + row).to(tl.int32)
         scale = tl.load(scale_ptr).to(ACC) * LOG2E
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
@@ -104,30 +130,40 @@ def row_grad_kernel(
         skip = label_vector(label, head, body, VEC)
         first, last, is_end = split_tiles(body, LANES, SPLITS)
         mine = (skip >= first * LANES) & (skip < last * LANES)
-        label_tile = tl.where(mine, skip // LANES, last)
+        picked = tl.where(mine, skip // LANES, last)
 
-        for i in range(first, last - mine.to(tl.int32)):
-            offs = tile_offsets(i + (i >= label_tile).to(tl.int32), LANES, VEC)
-            s, t = load_pair(s_body, t_body, offs, None, ACC, TEACHER_SUPPORT)
-            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            tl.store(d_body + offs, to_output(g, OUT))
+        if TEACHER_SUPPORT or tl.load(scalars_ptr + 6 * N) != 0.0:
+            grad_tiles(
+                s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
+                LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, True, 1,
+            )  # fmt: skip
+        else:
+            grad_tiles(
+                s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
+                LANES, VEC, ACC, ALIGNED, False, False, 2,
+            )  # fmt: skip
         if mine:
-            mask = vector_mask(label_tile, body, skip, LANES, VEC)
-            offs = tile_offsets(label_tile, LANES, VEC)
-            s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
-            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            tl.store(d_body + offs, to_output(g, OUT), mask=mask)
+            grad_part(
+                s_body, t_body, d_body, tile_offsets(picked, LANES, VEC),
+                vector_mask(picked, body, skip, LANES, VEC),
+                scale, m_s, m_t, shift, w1, w0, ACC, TEACHER_SUPPORT,
+            )  # fmt: skip
         if is_end:
-            mask = vector_mask(body // LANES, body, skip, LANES, VEC)
-            offs = tile_offsets(body // LANES, LANES, VEC)
-            s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
-            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            tl.store(d_body + offs, to_output(g, OUT), mask=mask)
+            rest = body // LANES
+            grad_part(
+                s_body, t_body, d_body, tile_offsets(rest, LANES, VEC),
+                vector_mask(rest, body, skip, LANES, VEC),
+                scale, m_s, m_t, shift, w1, w0, ACC, TEACHER_SUPPORT,
+            )  # fmt: skip
             cols, mask = end_columns(head, body, skip, V, LANES, VEC)
-            s, t = load_pair(s_row, t_row, cols, mask, ACC, TEACHER_SUPPORT)
-            g = gradient(s, t, scale, m_s, m_t, log2d, w1, w0, fill)
-            g = tl.where(cols == label, tl.load(scalars_ptr + 5 * N), g)
-            tl.store(d_row + cols, to_output(g, OUT), mask=mask)
+            grad_part(
+                s_row, t_row, d_row, cols, mask & (cols != label),
+                scale, m_s, m_t, shift, w1, w0, ACC, TEACHER_SUPPORT,
+            )  # fmt: skip
+            at_label = tl.load(scalars_ptr + 5 * N)
+            tl.store(
+                d_row + label, to_output(at_label, dstudent_ptr.dtype.element_ty), mask=label >= 0
+            )
 
 
 def row_grad(

@@ -2,16 +2,26 @@
 
     sums[0:6, row] = m_s, d_s, a, h, m_t, d_t   over the columns k != label (online_softmax.py)
     sums[6:8, row] = s_label, t_label
+    sums[8, row]   = care: 1 where one of these columns is -inf, say, so that the gradient needs a
+                     select, too; 0 where every logit is finite
 
-Reads 2 N V elements, writes 8 N. With SPLITS > 1 every program writes the sums of its share and
-merge_sums_kernel adds them up.
+Reads 2 N V elements (a row that needs care may be read twice), writes 9 N. With SPLITS > 1 every
+program writes the sums of its share and merge_sums_kernel adds them up.
 """
 
 import triton
 import triton.language as tl
 
 from . import launch, tuning
-from .online_softmax import LOG2E, add_tile, empty_lanes, merge_lanes
+from .online_softmax import (
+    LOG2E,
+    add_tile,
+    add_tile_at,
+    empty_lanes,
+    merge_lanes,
+    move_maxima,
+    sums_are_good,
+)
 from .row_walk import (
     IGNORED,
     INVALID,
@@ -20,13 +30,14 @@ from .row_walk import (
     end_columns,
     label_vector,
     load_tile,
+    load_vectors,
     row_pointer,
     split_tiles,
     tile_offsets,
     vector_mask,
 )
 
-FIELDS = 8
+FIELDS: tl.constexpr = tl.constexpr(9)
 
 
 @triton.jit
@@ -40,13 +51,58 @@ def load_pair(s_ptr, t_ptr, offs, mask, ACC: tl.constexpr, TEACHER_SUPPORT: tl.c
 
 
 @triton.jit
-def store_sums(ptr, stride_f, m_s, d_s, a, h, m_t, d_t):
+def load_whole_pair(
+    s_body, t_body, tile, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+):  # fmt: skip
+    s = load_vectors(s_body, tile, LANES, VEC, ACC, ALIGNED)
+    t = load_vectors(t_body, tile, LANES, VEC, ACC, ALIGNED)
+    if TEACHER_SUPPORT:
+        s = tl.where(t == float("-inf"), float("-inf"), s)
+    return s, t
+
+
+@triton.jit
+def add_part(
+    m_s, d_s, a, h, m_t, d_t, absent, s_ptr, t_ptr, offs, mask, scale,
+    ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Load what the mask leaves, fold it into the lanes' state, and note in ``absent`` the lanes
+    where the student leaves out one of these columns.
+    """
+    s, t = load_pair(s_ptr, t_ptr, offs, mask, ACC, TEACHER_SUPPORT)
+    absent = absent | (tl.max(((s == float("-inf")) & mask).to(tl.int32), axis=1))
+    m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+    return m_s, d_s, a, h, m_t, d_t, absent
+
+
+@triton.jit
+def sum_tiles_at(
+    m_s, m_t, s_body, t_body, first, last, picked, scale,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Per lane, the sums (d_s, a, h, d_t) of the tiles first ... last - 1 except ``picked``,
+    relative to m_s, m_t.
+    """
+    d_s = tl.zeros([LANES, VEC], ACC)
+    a, h, d_t = d_s, d_s, d_s
+    for i in tl.range(first, last - 1, loop_unroll_factor=2):
+        tile = i + (i >= picked).to(tl.int32)
+        s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
+        d_s, a, h, d_t = add_tile_at(d_s, a, h, d_t, s, t, m_s, m_t, scale, ENTROPY)
+    return tl.sum(d_s, axis=1), tl.sum(a, axis=1), tl.sum(h, axis=1), tl.sum(d_t, axis=1)
+
+
+@triton.jit
+def store_sums(ptr, stride_f, m_s, d_s, a, h, m_t, d_t, care):
     tl.store(ptr, m_s)
     tl.store(ptr + stride_f, d_s)
     tl.store(ptr + 2 * stride_f, a)
     tl.store(ptr + 3 * stride_f, h)
     tl.store(ptr + 4 * stride_f, m_t)
     tl.store(ptr + 5 * stride_f, d_t)
+    tl.store(ptr + 8 * stride_f, care.to(m_s.dtype))
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -63,10 +119,7 @@ def row_sums_kernel(
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    m_s, d_s = empty_lanes(LANES, ACC)
-    m_t, d_t = empty_lanes(LANES, ACC)
-    a, h = d_s, d_s
-    sums_ptr += tl.program_id(1).to(tl.int64) * 8 * N + row
+    sums_ptr += tl.program_id(1).to(tl.int64) * FIELDS * N + row
 
     if (label != IGNORED) & (label != INVALID):
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
@@ -76,34 +129,62 @@ def row_sums_kernel(
         t_body = body_pointer(t_row, head, ALIGNED)
         skip = label_vector(label, head, body, VEC)
         first, last, is_end = split_tiles(body, LANES, SPLITS)
-        mine = (skip >= first * LANES) & (skip < last * LANES)
-        label_tile = tl.where(mine, skip // LANES, last)
+        m_s, d_s = empty_lanes(LANES, ACC)
+        m_t, d_t, a, h = m_s, d_s, d_s, d_s
+        absent = tl.zeros([LANES], tl.int32)
 
-        for i in range(first, last - mine.to(tl.int32)):
-            offs = tile_offsets(i + (i >= label_tile).to(tl.int32), LANES, VEC)
-            s, t = load_pair(s_body, t_body, offs, None, ACC, TEACHER_SUPPORT)
-            m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
-        if mine:
-            mask = vector_mask(label_tile, body, skip, LANES, VEC)
-            offs = tile_offsets(label_tile, LANES, VEC)
-            s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
-            m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+        # One tile goes before the others, the label's or any: its maxima are what the others are
+        # summed relative to. So do the ends, where a padded vocabulary has its -inf.
+        picked = tl.where((skip >= first * LANES) & (skip < last * LANES), skip // LANES, first)
+        m_s, d_s, a, h, m_t, d_t, absent = add_part(
+            m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body,
+            tile_offsets(picked, LANES, VEC), vector_mask(picked, last * LANES, skip, LANES, VEC),
+            scale, ACC, TEACHER_SUPPORT, ENTROPY,
+        )  # fmt: skip
         if is_end:
-            mask = vector_mask(body // LANES, body, skip, LANES, VEC)
-            offs = tile_offsets(body // LANES, LANES, VEC)
-            s, t = load_pair(s_body, t_body, offs, mask, ACC, TEACHER_SUPPORT)
-            m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+            rest = body // LANES
+            m_s, d_s, a, h, m_t, d_t, absent = add_part(
+                m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body,
+                tile_offsets(rest, LANES, VEC), vector_mask(rest, body, skip, LANES, VEC),
+                scale, ACC, TEACHER_SUPPORT, ENTROPY,
+            )  # fmt: skip
             cols, mask = end_columns(head, body, skip, V, LANES, VEC)
-            s, t = load_pair(s_row, t_row, cols, mask & (cols != label), ACC, TEACHER_SUPPORT)
-            m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+            m_s, d_s, a, h, m_t, d_t, absent = add_part(
+                m_s, d_s, a, h, m_t, d_t, absent, s_row, t_row, cols, mask & (cols != label),
+                scale, ACC, TEACHER_SUPPORT, ENTROPY,
+            )  # fmt: skip
             s_label, t_label = load_pair(s_row, t_row, label, label >= 0, ACC, TEACHER_SUPPORT)
             tl.store(sums_ptr + 6 * N, s_label)
             tl.store(sums_ptr + 7 * N, t_label)
+
+        care = tl.max(absent, axis=0) > 0
+        if TEACHER_SUPPORT:
+            care = True
+        if not care:
+            top_s, top_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
+            fd_s, fa, fh, fd_t = sum_tiles_at(
+                top_s, top_t, s_body, t_body, first, last, picked, scale,
+                LANES, VEC, ACC, ALIGNED, ENTROPY,
+            )  # fmt: skip
+            ed_s, ea, eh, ed_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
+            fd_s, fa = tl.sum(fd_s + ed_s, axis=0), tl.sum(fa + ea, axis=0)
+            fh, fd_t = tl.sum(fh + eh, axis=0), tl.sum(fd_t + ed_t, axis=0)
+            store_sums(sums_ptr, N, top_s, fd_s, fa, fh, top_t, fd_t, care)
+            care = not sums_are_good(fd_s, fa, fh, fd_t)
+        if care:
+            for i in range(first, last - 1):
+                tile = i + (i >= picked).to(tl.int32)
+                s, t = load_whole_pair(
+                    s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT
+                )
+                m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+            cm_s, cd_s, ca, ch, cm_t, cd_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
+            store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, care)
     else:
-        tl.store(sums_ptr + 6 * N, 0.0)
-        tl.store(sums_ptr + 7 * N, 0.0)
-    m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
-    store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t)
+        zero = scale * 0.0
+        store_sums(sums_ptr, N, zero, zero, zero, zero, zero, zero, zero)
+        tl.store(sums_ptr + 6 * N, zero)
+        tl.store(sums_ptr + 7 * N, zero)
 
 
 @triton.jit
@@ -116,7 +197,7 @@ def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexp
     part = tl.arange(0, BLOCK)
     mask = part < SPLITS
     floor, _ = empty_lanes(BLOCK, ACC)
-    ptrs = parts_ptr + part.to(tl.int64) * 8 * N + row
+    ptrs = parts_ptr + part.to(tl.int64) * FIELDS * N + row
     m_s = tl.where(mask, tl.load(ptrs, mask=mask, other=0.0), floor)
     d_s = tl.load(ptrs + N, mask=mask, other=0.0)
     a = tl.load(ptrs + 2 * N, mask=mask, other=0.0)
@@ -125,8 +206,9 @@ def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexp
     d_t = tl.load(ptrs + 5 * N, mask=mask, other=0.0)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
     m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
-    store_sums(sums_ptr + row, N, m_s, d_s, a, h, m_t, d_t)
-    last = parts_ptr + (SPLITS - 1) * 8 * N + row
+    care = tl.max(tl.load(ptrs + 8 * N, mask=mask, other=0.0), axis=0)
+    store_sums(sums_ptr + row, N, m_s, d_s, a, h, m_t, d_t, care)
+    last = parts_ptr + (SPLITS - 1) * FIELDS * N + row
     tl.store(sums_ptr + 6 * N + row, tl.load(last + 6 * N))
     tl.store(sums_ptr + 7 * N + row, tl.load(last + 7 * N))
 
@@ -143,15 +225,15 @@ def row_sums(
     splits=None,
 ):
     """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
-    [N]; inv_temperature 0-dim. Returns sums [8, N].
+    [N]; inv_temperature 0-dim. Returns sums [9, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     tile = tuning.choose(V, student, teacher, rows=N, splits=splits)
     out = lambda *shape: launch.new_output(shape, acc, label.device)  # noqa: E731
-    sums = out(FIELDS, N)
+    sums = out(FIELDS.value, N)
     if N == 0:
         return sums
-    parts = sums if tile.splits == 1 else out(tile.splits, FIELDS, N)
+    parts = sums if tile.splits == 1 else out(tile.splits, FIELDS.value, N)
     flags = dict(ACC=launch.TL_DTYPE[acc], ENTROPY=entropy)
     with launch.on_device(label.device):
         row_sums_kernel[(N, tile.splits)](

@@ -3,7 +3,7 @@ time, for every V.
 
     columns   head (< VEC columns) | body: 16-byte vectors, 16-byte aligned | tail (< VEC columns)
     body      tiles of LANES vectors, without a mask | one last tile, masked by whole vectors
-    ends      one small tile whose first lanes hold: head, tail, and the vector with the label in it
+    ends      head, tail and the vector with the label in it: 3 VEC columns at most, one a lane
 
 A mask on single columns would turn a 16-byte load into eight 2-byte ones; a mask on whole vectors
 does not. So the label's vector is left out of its tile by a vector mask, and the ends, loaded
@@ -87,22 +87,37 @@ def vector_mask(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns and mask [LANES, VEC] of what the body's tiles leave over: head, tail and the vector
-    `skip` (-1: none).
+    """Columns and mask [LANES, 1] of what the body's tiles leave over: head, tail and the vector
+    `skip` (-1: none). At most 3 VEC of them, so one column a lane.
     """
-    lane = tl.arange(0, LANES)[:, None]
-    start = tl.where(lane == 0, 0, tl.where(lane == 1, head + body * VEC, head + skip * VEC))
-    stop = tl.where(lane == 0, head, tl.where(lane == 1, V, start + VEC))
-    cols = start + tl.arange(0, VEC)[None, :]
-    lanes = 2 + (skip >= 0)
-    return cols, (cols < stop) & (lane < lanes)
+    lane = tl.arange(0, LANES)[:, None] + tl.arange(0, 1)[None, :]
+    part = lane // VEC
+    start = tl.where(part == 0, 0, tl.where(part == 1, head + body * VEC, head + skip * VEC))
+    stop = tl.where(part == 0, head, tl.where(part == 1, V, start + VEC))
+    cols = start + lane % VEC
+    parts = 2 + (skip >= 0)
+    return cols, (cols < stop) & (part < parts)
 
 
 @triton.jit
 def load_tile(ptrs, mask, other, ACC: tl.constexpr):
-    """A tile in the accumulator's dtype; mask None: no mask at all."""
-    if mask is None:
-        x = tl.load(ptrs)
+    """The elements under the mask, in the accumulator's dtype."""
+    return tl.load(ptrs, mask=mask, other=other).to(ACC)
+
+
+@triton.jit
+def load_vectors(
+    ptr, tile, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """A whole tile of the body that starts at ptr, in the accumulator's dtype."""
+    if ALIGNED and ptr.dtype.element_ty == tl.bfloat16:
+        # A bfloat16 is the upper half of a float32. Unpacked from 32-bit words two of them cost two
+        # instructions; the compiler's own conversion takes three.
+        words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        words = tl.load(words_ptr + tile_offsets(tile, LANES, VEC // 2))
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+        x = tl.reshape(tl.join(low, high), [LANES, VEC])
     else:
-        x = tl.load(ptrs, mask=mask, other=other)
+        x = tl.load(ptr + tile_offsets(tile, LANES, VEC))
     return x.to(ACC)

@@ -22,6 +22,7 @@ from .row_walk import (
     cut_row,
     end_columns,
     load_tile,
+    load_vectors,
     row_pointer,
     split_tiles,
     tile_offsets,
@@ -59,7 +60,7 @@ def softmax_sums_kernel(
     x_body = body_pointer(x_row, head, ALIGNED)
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     for i in range(first, last):
-        x = load_tile(x_body + tile_offsets(i, LANES, VEC), None, 0.0, ACC)
+        x = load_vectors(x_body, i, LANES, VEC, ACC, ALIGNED)
         m, d = add_exponentials(m, d, x, scale)
     if is_end:
         mask = vector_mask(body // LANES, body, -1, LANES, VEC)
@@ -124,7 +125,7 @@ def softmax_kernel(
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     for i in range(first, last):
         offs = tile_offsets(i, LANES, VEC)
-        y = output(load_tile(x_body + offs, None, 0.0, ACC), scale, m, log2d, LOG)
+        y = output(load_vectors(x_body, i, LANES, VEC, ACC, ALIGNED), scale, m, log2d, LOG)
         tl.store(y_body + offs, y.to(OUT))
     if is_end:
         offs = tile_offsets(body // LANES, LANES, VEC)
@@ -140,14 +141,26 @@ def softmax_kernel(
 def load_backward(
     x_ptr, g_ptr, offs, mask, scale, m, log2d, ACC: tl.constexpr, NEED_P: tl.constexpr
 ):
-    """(g, p) of a tile; masked columns have g = p = 0. Without NEED_P the logits are not read and p
-    is 1.
+    """(g, p) of the columns under the mask; elsewhere g = p = 0. Without NEED_P the logits are not
+    read and p is 1.
     """
     # -inf gives a masked column p = 0 without a select
     g = load_tile(g_ptr + offs, mask, 0.0, ACC)
     if NEED_P:
-        x = load_tile(x_ptr + offs, mask, float("-inf"), ACC)
-        p = probability(x, scale, m, log2d)
+        p = probability(load_tile(x_ptr + offs, mask, float("-inf"), ACC), scale, m, log2d)
+    else:
+        p = tl.full(g.shape, 1.0, ACC)
+    return g, p
+
+
+@triton.jit
+def load_whole_backward(
+    x_body, g_body, tile, scale, m, log2d, LANES: tl.constexpr, VEC: tl.constexpr,
+    ACC: tl.constexpr, ALIGNED: tl.constexpr, NEED_P: tl.constexpr,
+):  # fmt: skip
+    g = load_vectors(g_body, tile, LANES, VEC, ACC, ALIGNED)
+    if NEED_P:
+        p = probability(load_vectors(x_body, tile, LANES, VEC, ACC, ALIGNED), scale, m, log2d)
     else:
         p = tl.full(g.shape, 1.0, ACC)
     return g, p
@@ -173,8 +186,8 @@ def softmax_dot_kernel(
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     total = tl.zeros([LANES], ACC)
     for i in range(first, last):
-        g, p = load_backward(
-            x_body, g_body, tile_offsets(i, LANES, VEC), None, scale, m, log2d, ACC, not LOG
+        g, p = load_whole_backward(
+            x_body, g_body, i, scale, m, log2d, LANES, VEC, ACC, ALIGNED, not LOG
         )
         total += tl.sum(g * p, axis=1)
     # A sum of its own: Triton 3.2 to 3.7 fail to compile where a loop's sum is used twice after it.
@@ -227,7 +240,9 @@ def softmax_grad_kernel(
     first, last, is_end = split_tiles(body, LANES, SPLITS)
     for i in range(first, last):
         offs = tile_offsets(i, LANES, VEC)
-        g, p = load_backward(x_body, g_body, offs, None, scale, m, log2d, ACC, True)
+        g, p = load_whole_backward(
+            x_body, g_body, i, scale, m, log2d, LANES, VEC, ACC, ALIGNED, True
+        )
         tl.store(d_body + offs, input_gradient(g, p, dot, inv_t, LOG).to(OUT))
     if is_end:
         offs = tile_offsets(body // LANES, LANES, VEC)
