@@ -4,7 +4,7 @@ NVIDIA's comes from cuobjdump (SASS), AMD's from the compiler (amdgcn). No GPU, 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -14,16 +14,14 @@ AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "b32": 32
 
 @dataclass(frozen=True)
 class Instruction:
-    """``text`` is without the predicate; ``kind`` says where control goes next.
-
-    next    to the next instruction       jump    to the target         branch  to either
-    exit    nowhere                       leave   nowhere, or on        return  to the caller
-    call    into the target, then on
+    """``text`` is without the predicate. ``kind`` says where control goes next: "next" to the next
+    instruction, "jump" to the target, "call" into the target and then on, "return", "exit".
     """
 
     address: object
     text: str
     kind: str = "next"
+    conditional: bool = False
     target: object = None
 
     @property
@@ -69,17 +67,16 @@ def parse_sass(text):
         conditional = bool(predicate) and not re.fullmatch(r"@U?PT\s+", predicate)
         kind = "next"
         if re.match(r"BRA\b", line):
-            operand = re.fullmatch(r"BRA\S*\s+0x[0-9a-f]+", line) is None
-            kind = "branch" if conditional or operand else "jump"
-        elif re.match(r"EXIT\b", line):
-            kind = "leave" if conditional else "exit"
+            kind = "jump"
+            conditional |= re.fullmatch(r"BRA\S*\s+0x[0-9a-f]+", line) is None
         elif re.match(r"CALL\.REL\b", line):
             kind = "call"
-        elif re.match(r"RET\b", line):
-            kind = "return"
+        elif match := re.match(r"(EXIT|RET)\b", line):
+            kind = {"EXIT": "exit", "RET": "return"}[match[1]]
         elif re.match(r"(BRX|BRXU|JMP|JMX|JMXU|CALL|BREAK)\b", line):
             raise ValueError(f"cannot follow {line!r}")
-        code.append(Instruction(int(address, 16), line, kind, target))
+        target = target if kind in ("jump", "call") else None
+        code.append(Instruction(int(address, 16), line, kind, conditional, target))
     return code
 
 
@@ -93,19 +90,16 @@ def parse_amdgcn(text):
         elif re.match(r"\s+(s|v|ds|global|buffer|flat|scratch)_\w+", line):
             line = line.strip()
             kind = "next"
-            if line.startswith("s_cbranch_"):
-                kind = "branch"
-            elif line.startswith("s_branch"):
+            if line.startswith(("s_branch", "s_cbranch_")):
                 kind = "jump"
             elif line.startswith("s_endpgm"):
                 kind = "exit"
-            elif re.match(r"s_(swappc|setpc|call|getpc)_", line):
+            elif re.match(r"s_(swappc|setpc|call)_", line):
                 raise ValueError(f"cannot follow {line!r}")
-            target = line.split()[-1] if kind in ("branch", "jump") else None
-            code.append(Instruction(len(code), line, kind, target))
-    return [
-        Instruction(c.address, c.text, c.kind, at[c.target] if c.target else None) for c in code
-    ]
+            target = line.split()[-1] if kind == "jump" else None
+            conditional = line.startswith("s_cbranch_")
+            code.append(Instruction(len(code), line, kind, conditional, target))
+    return [replace(c, target=at[c.target]) if c.target else c for c in code]
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,14 @@ class Program:
                 self.blocks.append([])
             self.blocks[-1].append(instruction)
         self._number = {block[0].address: i for i, block in enumerate(self.blocks)}
-        self.successors = [self._successors(i) for i in range(len(self.blocks))]
+        self.successors = [self._successors(block) for block in self.blocks]
+        # A call from which nothing returns is a jump, over a distance that ptxas finds long.
+        for block in self.blocks:
+            if block[-1].kind == "call":
+                function = self._from(self._number[block[-1].target])
+                if not function & set(self._ends("return")):
+                    block[-1] = replace(block[-1], kind="jump")
+        self.successors = [self._successors(block) for block in self.blocks]
 
     @property
     def code(self):
@@ -151,12 +152,11 @@ class Program:
             if last.kind == "call":
                 yield from self.instructions(self._longest(self._number[last.target], "return"))
 
-    def _successors(self, i):
-        last = self.blocks[i][-1]
-        after = []
-        if last.kind not in ("jump", "exit", "return") and i + 1 < len(self.blocks):
-            after.append(i + 1)
-        if last.kind in ("jump", "branch"):
+    def _successors(self, block):
+        last, after = block[-1], []
+        if last.conditional or last.kind in ("next", "call"):
+            after = [i for i in [self._number[block[0].address] + 1] if i < len(self.blocks)]
+        if last.kind == "jump":
             after.append(self._number[last.target])
         return after
 
@@ -243,8 +243,7 @@ class Program:
     # --- ways through ---
 
     def _ends(self, kind):
-        kinds = ("exit", "leave") if kind == "exit" else (kind,)
-        return [i for i, block in enumerate(self.blocks) if block[-1].kind in kinds]
+        return [i for i, block in enumerate(self.blocks) if block[-1].kind == kind]
 
     def _longest(self, start, goals, within=None, avoid=()):
         """Of the ways from ``start`` to a goal that pass the fewest blocks of ``avoid``, the one

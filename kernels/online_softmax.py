@@ -16,12 +16,12 @@ A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the lo
 inside one thread. The lanes are merged once, at the end of the row, so the loop over the vocabulary
 holds no barrier.
 
-Nothing needs m to be the maximum: any number that is not so far below it that the sums overflow
-serves as well, because a float keeps its relative precision wherever it stands. So most of a row is
-summed relative to the maximum of its first tile (``add_tile_at``), with no maximum, no rescaling and
-no select in the loop, and ``sums_are_good`` says afterwards whether that went well. Where it did
-not (a -inf or a NaN somewhere, or a logit far above the first tile's) ``add_tile`` does the row
-again with running maxima.
+Nothing needs m to be the maximum: any number not so far below it that the sums overflow serves as
+well, because a float keeps its relative precision wherever it stands. So most of a row is summed
+relative to the maximum of its first tile (``add_tile_at``), with no maximum, no rescaling and no
+select in the loop, and ``sums_are_good`` says afterwards whether that went well. Where it did not
+(a -inf or a NaN somewhere, or a logit far above the first tile's) ``add_tile`` does the row again
+with running maxima.
 """
 
 import triton

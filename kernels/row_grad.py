@@ -24,7 +24,7 @@ from .row_walk import (
     row_pointer,
     split_tiles,
     tile_offsets,
-    vector_mask,
+    vectors,
 )
 
 SCALARS = 7
@@ -88,14 +88,10 @@ def store_zeros(
     for i in range(first, last):
         tl.store(ptr + tile_offsets(i, LANES, VEC), zeros)
     if is_end:
-        tile = body // LANES
-        tl.store(
-            ptr + tile_offsets(tile, LANES, VEC),
-            zeros,
-            mask=vector_mask(tile, body, -1, LANES, VEC),
-        )
-        cols, mask = end_columns(head, body, -1, V, LANES, VEC)
-        tl.store(row_ptr + cols, tl.zeros([LANES, 1], row_ptr.dtype.element_ty), mask=mask)
+        offs, mask = vectors(body // LANES, body, -1, LANES, VEC)
+        tl.store(ptr + offs, zeros, mask=mask)
+        cols, ends = end_columns(head, body, -1, V, LANES, VEC)
+        tl.store(row_ptr + cols, tl.zeros([LANES, 1], row_ptr.dtype.element_ty), mask=ends)
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -143,22 +139,21 @@ def row_grad_kernel(
                 LANES, VEC, ACC, ALIGNED, False, False, 2,
             )  # fmt: skip
         if mine:
+            offs, mask = vectors(picked, body, skip, LANES, VEC)
             grad_part(
-                s_body, t_body, d_body, tile_offsets(picked, LANES, VEC),
-                vector_mask(picked, body, skip, LANES, VEC),
-                scale, m_s, m_t, shift, w1, w0, ACC, TEACHER_SUPPORT,
+                s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
+                ACC, TEACHER_SUPPORT,
             )  # fmt: skip
         if is_end:
-            rest = body // LANES
+            offs, mask = vectors(body // LANES, body, skip, LANES, VEC)
             grad_part(
-                s_body, t_body, d_body, tile_offsets(rest, LANES, VEC),
-                vector_mask(rest, body, skip, LANES, VEC),
-                scale, m_s, m_t, shift, w1, w0, ACC, TEACHER_SUPPORT,
+                s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
+                ACC, TEACHER_SUPPORT,
             )  # fmt: skip
-            cols, mask = end_columns(head, body, skip, V, LANES, VEC)
+            cols, ends = end_columns(head, body, skip, V, LANES, VEC)
             grad_part(
-                s_row, t_row, d_row, cols, mask & (cols != label),
-                scale, m_s, m_t, shift, w1, w0, ACC, TEACHER_SUPPORT,
+                s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
+                ACC, TEACHER_SUPPORT,
             )  # fmt: skip
             at_label = tl.load(scalars_ptr + 5 * N)
             tl.store(

@@ -33,8 +33,7 @@ from .row_walk import (
     load_vectors,
     row_pointer,
     split_tiles,
-    tile_offsets,
-    vector_mask,
+    vectors,
 )
 
 FIELDS: tl.constexpr = tl.constexpr(9)
@@ -77,21 +76,84 @@ def add_part(
 
 
 @triton.jit
-def sum_tiles_at(
-    m_s, m_t, s_body, t_body, first, last, picked, scale,
+def sum_uneven_parts(
+    s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The lanes' state after all that takes a mask: tile ``picked`` without the label's vector and,
+    where is_end, the body's last tile and the ends. Last comes ``absent`` [LANES].
+    """
+    m_s, d_s = empty_lanes(LANES, ACC)
+    m_t, d_t, a, h = m_s, d_s, d_s, d_s
+    absent = tl.zeros([LANES], tl.int32)
+    offs, mask = vectors(picked, last * LANES, skip, LANES, VEC)
+    m_s, d_s, a, h, m_t, d_t, absent = add_part(
+        m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body, offs, mask, scale,
+        ACC, TEACHER_SUPPORT, ENTROPY,
+    )  # fmt: skip
+    if is_end:
+        offs, mask = vectors(body // LANES, body, skip, LANES, VEC)
+        m_s, d_s, a, h, m_t, d_t, absent = add_part(
+            m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body, offs, mask, scale,
+            ACC, TEACHER_SUPPORT, ENTROPY,
+        )  # fmt: skip
+        cols, ends = end_columns(head, body, skip, V, LANES, VEC)
+        m_s, d_s, a, h, m_t, d_t, absent = add_part(
+            m_s, d_s, a, h, m_t, d_t, absent, s_row, t_row, cols, ends & (cols != label), scale,
+            ACC, TEACHER_SUPPORT, ENTROPY,
+        )  # fmt: skip
+    return m_s, d_s, a, h, m_t, d_t, absent
+
+
+@triton.jit
+def sum_at_first_maxima(
+    s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Per lane, the sums (d_s, a, h, d_t) of the tiles first ... last - 1 except ``picked``,
-    relative to m_s, m_t.
+    """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to the maxima of what is walked first, and
+    whether they are wrong.
     """
-    d_s = tl.zeros([LANES, VEC], ACC)
-    a, h, d_t = d_s, d_s, d_s
-    for i in tl.range(first, last - 1, loop_unroll_factor=2):
+    m_s, d_s, a, h, m_t, d_t, absent = sum_uneven_parts(
+        s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
+        LANES, VEC, ACC, False, ENTROPY,
+    )  # fmt: skip
+    top_s, top_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
+    d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
+    # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
+    absent = tl.max(absent, axis=0)
+    stop = tl.where(absent > 0, first, last - 1)
+    td_s = tl.zeros([LANES, VEC], ACC)
+    ta, th, td_t = td_s, td_s, td_s
+    for i in tl.range(first, stop, loop_unroll_factor=2):
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
-        d_s, a, h, d_t = add_tile_at(d_s, a, h, d_t, s, t, m_s, m_t, scale, ENTROPY)
-    return tl.sum(d_s, axis=1), tl.sum(a, axis=1), tl.sum(h, axis=1), tl.sum(d_t, axis=1)
+        td_s, ta, th, td_t = add_tile_at(td_s, ta, th, td_t, s, t, top_s, top_t, scale, ENTROPY)
+    sd_s = tl.sum(d_s + tl.sum(td_s, axis=1), axis=0)
+    sa = tl.sum(a + tl.sum(ta, axis=1), axis=0)
+    sh = tl.sum(h + tl.sum(th, axis=1), axis=0)
+    sd_t = tl.sum(d_t + tl.sum(td_t, axis=1), axis=0)
+    wrong = (absent > 0) | (not sums_are_good(sd_s, sa, sh, sd_t))
+    return top_s, sd_s, sa, sh, top_t, sd_t, wrong
+
+
+@triton.jit
+def sum_carefully(
+    s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to running maxima, whatever it holds."""
+    m_s, d_s, a, h, m_t, d_t, _ = sum_uneven_parts(
+        s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
+        LANES, VEC, ACC, TEACHER_SUPPORT, ENTROPY,
+    )  # fmt: skip
+    for i in range(first, last - 1):
+        tile = i + (i >= picked).to(tl.int32)
+        s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
+        m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+    return merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
 
 
 @triton.jit
@@ -129,57 +191,28 @@ def row_sums_kernel(
         t_body = body_pointer(t_row, head, ALIGNED)
         skip = label_vector(label, head, body, VEC)
         first, last, is_end = split_tiles(body, LANES, SPLITS)
-        m_s, d_s = empty_lanes(LANES, ACC)
-        m_t, d_t, a, h = m_s, d_s, d_s, d_s
-        absent = tl.zeros([LANES], tl.int32)
-
-        # One tile goes before the others, the label's or any: its maxima are what the others are
-        # summed relative to. So do the ends, where a padded vocabulary has its -inf.
+        # One tile goes before the others: the label's, or any. Its maxima are what the others are
+        # summed relative to.
         picked = tl.where((skip >= first * LANES) & (skip < last * LANES), skip // LANES, first)
-        m_s, d_s, a, h, m_t, d_t, absent = add_part(
-            m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body,
-            tile_offsets(picked, LANES, VEC), vector_mask(picked, last * LANES, skip, LANES, VEC),
-            scale, ACC, TEACHER_SUPPORT, ENTROPY,
-        )  # fmt: skip
         if is_end:
-            rest = body // LANES
-            m_s, d_s, a, h, m_t, d_t, absent = add_part(
-                m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body,
-                tile_offsets(rest, LANES, VEC), vector_mask(rest, body, skip, LANES, VEC),
-                scale, ACC, TEACHER_SUPPORT, ENTROPY,
-            )  # fmt: skip
-            cols, mask = end_columns(head, body, skip, V, LANES, VEC)
-            m_s, d_s, a, h, m_t, d_t, absent = add_part(
-                m_s, d_s, a, h, m_t, d_t, absent, s_row, t_row, cols, mask & (cols != label),
-                scale, ACC, TEACHER_SUPPORT, ENTROPY,
-            )  # fmt: skip
             s_label, t_label = load_pair(s_row, t_row, label, label >= 0, ACC, TEACHER_SUPPORT)
             tl.store(sums_ptr + 6 * N, s_label)
             tl.store(sums_ptr + 7 * N, t_label)
 
-        care = tl.max(absent, axis=0) > 0
-        if TEACHER_SUPPORT:
+        if TEACHER_SUPPORT:  # a teacher with -inf is what it is for
             care = True
-        if not care:
-            top_s, top_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
-            fd_s, fa, fh, fd_t = sum_tiles_at(
-                top_s, top_t, s_body, t_body, first, last, picked, scale,
-                LANES, VEC, ACC, ALIGNED, ENTROPY,
+        else:
+            m_s, d_s, a, h, m_t, d_t, care = sum_at_first_maxima(
+                s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
+                is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY,
             )  # fmt: skip
-            ed_s, ea, eh, ed_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
-            fd_s, fa = tl.sum(fd_s + ed_s, axis=0), tl.sum(fa + ea, axis=0)
-            fh, fd_t = tl.sum(fh + eh, axis=0), tl.sum(fd_t + ed_t, axis=0)
-            store_sums(sums_ptr, N, top_s, fd_s, fa, fh, top_t, fd_t, care)
-            care = not sums_are_good(fd_s, fa, fh, fd_t)
+            store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
         if care:
-            for i in range(first, last - 1):
-                tile = i + (i >= picked).to(tl.int32)
-                s, t = load_whole_pair(
-                    s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT
-                )
-                m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
-            cm_s, cd_s, ca, ch, cm_t, cd_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
-            store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, care)
+            cm_s, cd_s, ca, ch, cm_t, cd_t = sum_carefully(
+                s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
+                is_end, scale, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY,
+            )  # fmt: skip
+            store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, scale * 0.0 + 1.0)
     else:
         zero = scale * 0.0
         store_sums(sums_ptr, N, zero, zero, zero, zero, zero, zero, zero)

@@ -77,12 +77,13 @@ def tile_offsets(tile, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def vector_mask(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Mask [LANES, VEC] of the tile's vectors inside the body, without vector `skip`; constant
-    along VEC.
+def vectors(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Offsets [LANES, VEC] of a tile from the body's start, and the mask of its vectors inside the
+    body, without vector `skip` (-1: all). The mask is constant along VEC.
     """
     vector = tile * LANES + tl.arange(0, LANES)
-    return ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, VEC) >= 0)[None, :]
+    inside = ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, VEC) >= 0)[None, :]
+    return tile_offsets(tile, LANES, VEC), inside
 
 
 @triton.jit

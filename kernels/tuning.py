@@ -14,7 +14,7 @@ VECTOR_BYTES = 16
 # One lane a thread, one vector a lane: the reductions along a vector then stay inside the thread
 # (see online_softmax.py). 256 lanes: no spill and 16-byte loads on sm_80 to sm_100 (compiled, not
 # timed).
-MAX_LANES = 256
+MAX_LANES = 128
 # Two resident programs a multiprocessor hide latency; 132 is an H100's count, used where no device
 # says otherwise.
 PROGRAMS_PER_SM = 2

@@ -57,7 +57,9 @@ FAST_AND_CAREFUL = """
     after: @P0 LDG.E.128 R8, desc[UR4][R2.64]
            BRA.U !UP0, careful
     end:   BAR.SYNC.DEFER_BLOCKING 0x0
-           EXIT
+           @P0 CALL.REL.NOINC far
+           NOP
+    far:   EXIT
     careful: @P2 BRA merge
     again: LDG.E.128 R8, desc[UR4][R2.64]
            MUFU.EX2 R8, R8
@@ -80,9 +82,10 @@ def test_two_loops_and_a_branch_by_hand():
     main = sass.main_loop(program, ONE_LOAD)
     assert program.blocks[main.header][0].address == 6 * 16
     # Six instructions down to the loop, the longer side of the branch among them; four for each of
-    # five tiles; the masked tile, the branch, the barrier, the exit. Nothing of what is careful,
-    # its last three lines included, nor of the ignored row.
-    assert sass.executed(program, ONE_LOAD, 5) == sass.Count(6 + 5 * 4 + 4, 1 + 5)
+    # five tiles; the masked tile, the branch, the barrier, the call that is a jump and the longer
+    # way on, the exit. Nothing of what is careful, its last three lines included, nor of the
+    # ignored row.
+    assert sass.executed(program, ONE_LOAD, 5) == sass.Count(6 + 5 * 4 + 6, 1 + 5)
 
 
 UNROLLED = """
