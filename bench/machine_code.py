@@ -52,7 +52,6 @@ MAX_INSTRUCTIONS = {
     "sm_90": {50257: 32, 128256: 28, 151936: 28},
     "sm_100": {50257: 30, 128256: 25, 151936: 25},
 }
-INSTRUCTION_DTYPES = ("bfloat16", "float16")  # the bytes of a float32 element take twice as long
 # Two exponentials in the scan and one in the gradient, and a tenth for the ends: a multiprocessor
 # does 16 a clock, an eighth of its multiplications.
 MAX_EXPONENTIALS = 3.3
@@ -297,7 +296,7 @@ def broken(row, target):
     if row["kernel"] == LOSS_NAME:
         at_most("exponentials", MAX_EXPONENTIALS, "exponentials an element")
         limit = MAX_INSTRUCTIONS.get(target, {}).get(row["vocab"])
-        if limit is not None and row["dtype"] in INSTRUCTION_DTYPES:
+        if limit is not None:
             at_most("instructions", limit, "instructions an element")
     return found
 
@@ -316,8 +315,8 @@ def rows_of_case(target, name, case, wanted):
         except Exception as error:
             while error.__cause__:  # the compiler wraps what is wrong in where it is
                 error = error.__cause__
-            lines = str(error).strip().splitlines() or [""]
-            row["error"] = f"{type(error).__name__}: {lines[0]}"
+            lines = str(error).strip().splitlines() or [""]  # source first, what is wrong last
+            row["error"] = f"{type(error).__name__}: {lines[-1]}"
         rows.append(row)
     loss = [row for row in rows if row["kernel"] in LOSS and "ms" in row]
     if len(loss) == len(LOSS):

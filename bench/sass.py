@@ -61,6 +61,8 @@ def parse_sass(text):
     for address, predicate, line in re.findall(
         r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", text, re.M
     ):
+        # Some versions print what the instruction waits for, too: BRA 0x9e0 &req={0} ?WAIT1.
+        line = re.sub(r"\s+[&?]\w.*", "", line)
         # The condition stands before the instruction, or is an operand: BRA.U !UP0, 0x3a00.
         target = re.search(r"\b(0x[0-9a-f]+)$", line)
         target = int(target[1], 16) if target else None
@@ -411,9 +413,8 @@ def _way(program, geometry, tiles, loops):
     width = max(c.load_bits for c in program.instructions(main.trip))
     outside = [i for i in way if not any(i in loop.blocks for loop in loops)]
     bits = (c.load_bits for c in program.instructions(outside) if c.load_bits == width)
-    # Of the tiles outside, one is masked. Where loads are narrow, the row's ends may look like one.
-    extra = 1 if width >= 128 else 2
-    left = max(0, tiles + extra - geometry.tiles_loaded(bits))
+    # One tile outside is the masked one. The ends of a row, a column a thread, are too few loads.
+    left = max(0, tiles + 1 - geometry.tiles_loaded(bits))
     return way, *divmod(left, _tiles(program, main, geometry))
 
 

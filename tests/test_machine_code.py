@@ -36,7 +36,7 @@ def assemble(source):
     lines = [line for line in lines if line]
     at = {line[1]: f"0x{16 * i:x}" for i, line in enumerate(lines) if line[1]}
     text = [
-        re.sub(r"\b[a-z]\w+$", lambda name: at.get(name[0], name[0]), line[2]) for line in lines
+        re.sub(r"\b[a-z]\w+\b", lambda name: at.get(name[0], name[0]), line[2]) for line in lines
     ]
     return "\n".join(
         f"        /*{16 * i:04x}*/    {line} ;    /* 0x00 */" for i, line in enumerate(text)
@@ -102,14 +102,14 @@ UNROLLED = """
            MUFU.EX2 R8, R8
            FADD R8, R8, R8
            @P3 BRA one
-    after: @P0 LDG.E.128 R8, desc[UR4][R2.64]
-           @P0 EXIT
+    after: @P0 LDG.E.128 R8, desc[UR4][R2.64]                 &req={0} ?WAIT1
+           @P0 EXIT                                           &req={0}
            STG.E desc[UR4][R2.64], R8
            EXIT
     divide: @P5 BRA back
            MOV R5, R6
     back:  RET.REL.NODEC R20 0x0
-    hang:  BRA hang
+    hang:  BRA hang   &req={1}
 """
 
 
@@ -120,6 +120,18 @@ def test_an_unrolled_loop_its_remainder_and_a_call_by_hand():
     assert sass.executed(program, ONE_LOAD, 6) == sass.Count(1 + 3 + 1 + 3 * 5 + 1 + 4, 3 * 2)
     # One tile more: the remainder's four, and the one instruction that leads to it.
     assert sass.executed(program, ONE_LOAD, 7) == sass.Count(25 + 1 + 4, 3 * 2 + 1)
+
+
+def test_the_main_loop_is_the_cheapest_for_a_tile_and_of_nearly_equal_ones_the_widest():
+    def loop(name, loads, others):
+        lines = ["LDG.E.128 R8, [R2]"] * loads + ["FADD R8, R8, R8"] * others
+        return "\n".join([f"{name}: {lines[0]}", *lines[1:], f"@P0 BRA {name}"])
+
+    # 10 instructions a tile, 10.5 and 16
+    source = [loop("one", 1, 8), loop("two", 2, 18), loop("four", 4, 59), "EXIT"]
+    program = sass.Program(sass.parse_sass(assemble("\n".join(source))))
+    main = sass.main_loop(program, ONE_LOAD)
+    assert [len(program.blocks[i]) for i in main.trip] == [21]
 
 
 AMDGCN = """
@@ -173,7 +185,8 @@ def test_spills_are_a_threads_own_memory():
     code = sass.parse_sass(
         assemble("LDL R1, [R2]\n@P0 STL.64 [R2], R4\nLDG.E R4, [R2]\nLDS R1, [R2]")
     )
-    assert [c.is_spill for c in code] == [True, True, False, False]
+    code += sass.parse_amdgcn("\tscratch_load_dword v0, off, s0\n\tds_read_b32 v0, v1\n")
+    assert [c.is_spill for c in code] == [True, True, False, False, True, False]
 
 
 def test_what_cannot_be_followed_is_an_error():
@@ -280,7 +293,7 @@ def test_every_kernel_compiles_and_keeps_its_limits(target, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mask_on_columns_turns_the_report_red(tmp_path):
+def test_a_mask_on_columns_and_what_does_not_compile_turn_the_report_red(tmp_path):
     package = tmp_path / "changed" / "drkl_triton"
     shutil.copytree(ROOT / "drkl_triton", package)
     shutil.copytree(ROOT / "kernels", package / "kernels")
@@ -294,21 +307,25 @@ def test_a_mask_on_columns_turns_the_report_red(tmp_path):
     )
     assert changed
     walk.write_text(text)
+    softmax = package / "kernels" / "softmax.py"
+    assert "tl.exp2(" in softmax.read_text()
+    softmax.write_text(softmax.read_text().replace("tl.exp2(", "tl.no_such_function(", 1))
     wanted = "--target sm_90 --vocab 50257 --dtype float32 --case plain".split()
-    wanted += ["--kernel", *machine_code.LOSS]
+    wanted += ["--kernel", *machine_code.LOSS, "softmax_sums"]
     status, printed, rows = report(tmp_path, *wanted, path=package.parent)
     assert status == 1, printed
     for name in machine_code.LOSS:
         (row,) = [row for row in rows if row["kernel"] == name]
         assert "32-bit loads in the loop, not 128" in row["limits"]
         assert f"BROKEN {name}, sm_90, V=50,257, float32" in printed
+    (row,) = [row for row in rows if row["kernel"] == "softmax_sums"]
+    assert "no_such_function" in row["limits"]
 
 
 def test_limits():
     row = {"kernel": "row_sums", "spills": 0, "barriers": 0, "aligned": True, "load_bits": "128"}
     loss = {
         "kernel": machine_code.LOSS_NAME,
-        "dtype": "bfloat16",
         "vocab": 128256,
         "instructions": 28.0,
         "exponentials": 3.3,
@@ -328,11 +345,10 @@ def test_limits():
     assert broken(row, load_bits="256") == []
     assert broken(row, error="TypeError: no") == ["TypeError: no"]
     assert broken(loss, instructions=28.5) == ["28.5 instructions an element, 0.5 over 28"]
-    assert broken(loss, instructions=28.5, dtype="float32") == []
     assert broken(loss, instructions=28.5, vocab=50257) == []
     assert broken(loss, instructions=25.5, target="sm_100")
     assert broken(loss, instructions=99.0, target="sm_80") == []
-    assert broken(loss, exponentials=3.4, target="sm_80", dtype="float32")
+    assert broken(loss, exponentials=3.4, target="gfx942")
 
 
 def test_the_stand_in_is_gone_afterwards():
