@@ -43,7 +43,7 @@ MAX_SPILLS = 0
 # A barrier a tile makes every warp wait for the slowest one's loads, again and again.
 MAX_BARRIERS = 0
 # Bits a load or store in a loop moves for each thread. Below 128 the number of requests, not of
-# bytes, decides. gfx942: the alignment is lost on the way to buffer loads, so nothing is asked yet.
+# bytes, decides. gfx942: not every kernel and dtype gets there, so nothing is asked yet.
 MIN_BITS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "sm_120": 128, "gfx942": 0}
 # Executed instructions an element, forward + backward (row_sums + row_grad). While the 10 bytes of
 # a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on every

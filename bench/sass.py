@@ -56,7 +56,9 @@ class Instruction:
 
 
 def parse_sass(text):
-    """The instructions of the one kernel in cuobjdump's output."""
+    """The instructions of the one kernel in cuobjdump's output. BSYNC, where threads meet again,
+    is taken to go on to the next instruction: ptxas puts it just before the place they go on from.
+    """
     code = []
     for address, predicate, line in re.findall(
         r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", text, re.M
@@ -410,11 +412,16 @@ def executed(program, geometry, tiles):
 def _way(program, geometry, tiles, loops):
     """(the way through the loops, trips of the first, tiles left after them)."""
     way, main = program.walk(loops), loops[0]
-    width = max(c.load_bits for c in program.instructions(main.trip))
     outside = [i for i in way if not any(i in loop.blocks for loop in loops)]
-    bits = (c.load_bits for c in program.instructions(outside) if c.load_bits == width)
-    # One tile outside is the masked one. The ends of a row, a column a thread, are too few loads.
-    left = max(0, tiles + 1 - geometry.tiles_loaded(bits))
+    widths = [c.load_bits for c in program.instructions(outside) if c.load_bits]
+    widest = max(c.load_bits for c in program.instructions(main.trip))
+
+    def walked(width):
+        return geometry.tiles_loaded(w for w in widths if w == width)
+
+    # One tile outside is masked, at least. AMD's compiler may load it column by column. The row's
+    # ends, a column a thread, are too few loads to look like a tile.
+    left = max(0, tiles + 1 - (walked(widest) or walked(min(widths, default=0))))
     return way, *divmod(left, _tiles(program, main, geometry))
 
 

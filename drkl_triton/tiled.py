@@ -30,7 +30,7 @@ DEVICE_TILE = 1 << 20
 SHORT_ROWS, LONG_ROWS = 32, 8
 # The columns whose maxima a row's sums are relative to at first, and the sums that are too large to
 # be trusted then (kernels/online_softmax.py says why).
-FIRST, LIMIT = 2048, 2.0**32
+FIRST, LIMIT = 2048, 2.0**22
 INF = float("inf")
 LOG2E = 1.4426950408889634
 

@@ -83,10 +83,11 @@ def sums_are_good(d_s, a, h, d_t):
     """Whether sums made by ``add_tile_at`` can be trusted. False with any NaN.
 
     0 * inf = NaN and e * inf = inf, so a finite `a` means that no logit was infinite. Sums below
-    2^32 mean that m is at most 22 nats (at temperature 1) below the maximum, so that log d keeps
-    five bits less than it could, and rescaling never meets a denormal.
+    2^22 mean that m is at most 15 nats (at temperature 1) below the maximum: differences of logits
+    are rounded at 2^-21 and less, as plain PyTorch rounds a logit minus a log-sum-exp, and
+    rescaling never meets a denormal. A flat row of 262,144 columns has sums of 2^18.
     """
-    limit: tl.constexpr = 4294967296.0
+    limit: tl.constexpr = 4194304.0
     finite: tl.constexpr = 3.0e38
     return (d_s < limit) & (d_t < limit) & (tl.abs(a) < finite) & (tl.abs(h) < finite)
 

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.gpu
 V = 5003
 
 
-def data(*shape, dtype=torch.float32):
+def data(*shape, dtype=torch.float32, V=V):
     s, t = (3 * torch.randn(*shape, V, device="cuda", dtype=dtype) for _ in range(2))
     return s, t, torch.randint(V, shape, device="cuda")
 
@@ -60,9 +60,10 @@ def test_nothing_waits_for_the_device(backend):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph():
+@pytest.mark.parametrize("columns", [V, 200_003])  # one program a row; several, then merged
+def test_cuda_graph(columns):
     """Captured once, replayed on other logits, labels and gamma."""
-    s, t, y = data(2, 8, dtype=torch.bfloat16)
+    s, t, y = data(2, 8, dtype=torch.bfloat16, V=columns)
     s.requires_grad_()
     gamma = torch.tensor(0.4, device="cuda")
     stream = torch.cuda.Stream()
@@ -75,7 +76,7 @@ def test_cuda_graph():
     with torch.cuda.graph(graph):
         captured = step(s, t, y, "triton", gamma=gamma)
     with torch.no_grad():
-        for x, new in zip((s, t, y), data(2, 8, dtype=torch.bfloat16), strict=True):
+        for x, new in zip((s, t, y), data(2, 8, dtype=torch.bfloat16, V=columns), strict=True):
             x.copy_(new)
         gamma.fill_(1.25)
     graph.replay()

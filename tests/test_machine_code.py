@@ -160,6 +160,12 @@ def test_amd_and_a_loop_tested_at_its_top_by_hand():
     program = sass.Program(sass.parse_amdgcn(AMDGCN))
     # Three before the loop; trips of five; the test that ends it, two; four after it.
     assert sass.executed(program, ONE_LOAD, 4) == sass.Count(3 + 4 * 5 + 2 + 4, 1 + 4)
+    # The masked tile column by column: eight loads instead of one.
+    wide = "\tbuffer_load_dwordx4 v[4:7], v0, s[4:7], 0 offen\n"
+    head, _, tail = AMDGCN.rpartition(wide)
+    narrow = wide.replace("dwordx4", "ushort") * 8
+    columns = sass.Program(sass.parse_amdgcn(head + narrow + tail))
+    assert sass.executed(columns, ONE_LOAD, 4) == sass.Count(3 + 4 * 5 + 2 + 11, 1 + 4)
     assert [c.store_bits for c in program.code if c.store_bits] == [16]
     assert sum(c.is_barrier for c in program.code) == 1
 
