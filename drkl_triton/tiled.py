@@ -28,9 +28,9 @@ DEVICE_TILE = 1 << 20
 # Rows a thread takes at a time: short ones, as many as fill a tile but no more than this; longer
 # than a tile, this many, so that what is done once a row is done for several at once.
 SHORT_ROWS, LONG_ROWS = 32, 8
-# The columns whose maxima a row's sums are relative to at first, and the sums that are too large to
-# be trusted then (kernels/online_softmax.py says why).
-FIRST, LIMIT = 2048, 2.0**22
+# The columns whose maxima a row's sums are relative to at first, and how far, in powers of two,
+# sums and (for a gradient of 32 bits) exponentials may rise above them (kernels/online_softmax.py).
+FIRST, MAX_SUM, MAX_RISE = 2048, 2.0**22, 11.5
 INF = float("inf")
 LOG2E = 1.4426950408889634
 
@@ -149,10 +149,10 @@ def row_sums(
         if not try_first:
             return carefully(i, j, scratch)
         s, t = _tile(student, i, j, 0, V), _tile(teacher, i, j, 0, V)
-        part = _sum_at_first_maxima(s, t, labels[i:j], inv_temperature, scratch, entropy)
+        part, rise = _sum_at_first_maxima(s, t, labels[i:j], inv_temperature, scratch, entropy)
         at_label = [_at_label(x, label[i:j]).to(acc) for x in (s, t)]
         sums[:, i:j] = torch.stack([*part, *at_label, torch.zeros_like(part[0])])
-        for row, good in enumerate(_sums_are_good(part)):
+        for row, good in enumerate(_sums_are_good(part, rise)):
             if not good:
                 carefully(i + row, i + row + 1, scratch)
 
@@ -175,14 +175,14 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
 
 
 def _sum_at_first_maxima(s, t, labels, inv_temperature, scratch, entropy):
-    """(m_s, d_s, a, h, m_t, d_t), each [rows], of whole rows: relative to the maxima of their first
-    columns.
+    """(m_s, d_s, a, h, m_t, d_t), each [rows], of whole rows, relative to the maxima of their first
+    columns; and how far the maxima rise above those, if it matters.
     """
     R, V = s.shape
     x, z, _ = scratch.tiles(R, min(V, FIRST))
     m_s, m_t = (_first_maximum(a, labels, out) for a, out in ((s, x), (t, z)))
     scale = inv_temperature * LOG2E
-    sums = []
+    sums, rises = [], []
     for k, end in scratch.blocks(0, R):
         s_rows, t_rows, top_s, top_t = (a[k:end] for a in (s, t, m_s, m_t))
         for c, e in scratch.spans:
@@ -194,12 +194,18 @@ def _sum_at_first_maxima(s, t, labels, inv_temperature, scratch, entropy):
                     x[row, y - c] = z[row, y - c] = -1e36
             torch.mul(x, scale, out=q).exp2_()
             h = torch.mul(x, q).sum(1) if entropy else None
+            if s.element_size() >= 4:
+                rises += [x.amax(1), z.amax(1)]
             x.sub_(z)
             d_s, d_t, a = q.sum(1), z.mul_(scale).exp2_().sum(1), x.mul_(q).sum(1)
             sums.append(torch.stack([d_s, a, torch.zeros_like(a) if h is None else h, d_t]))
     sums = torch.cat(sums, 1).view(4, -1, len(scratch.spans), min(scratch.rows, R))
     d_s, a, h, d_t = sums.sum(2).flatten(1)
-    return m_s[:, 0], d_s, a, h, m_t[:, 0], d_t
+    rise = None
+    if rises:  # per block, per span, student's and teacher's
+        rise = torch.cat(rises).view(-1, 2 * len(scratch.spans), min(scratch.rows, R))
+        rise = rise.amax(1).flatten() * scale
+    return (m_s[:, 0], d_s, a, h, m_t[:, 0], d_t), rise
 
 
 def _first_maximum(x, labels, out):
@@ -212,10 +218,11 @@ def _first_maximum(x, labels, out):
     return out.amax(1, keepdim=True).clamp_min_(torch.finfo(out.dtype).min)
 
 
-def _sums_are_good(sums) -> list[bool]:
+def _sums_are_good(sums, rise) -> list[bool]:
     """kernels/online_softmax.py: a finite `a` means that no logit is infinite. False with a NaN."""
     _, d_s, a, h, _, d_t = sums
-    return ((d_s < LIMIT) & (d_t < LIMIT) & a.isfinite() & h.isfinite()).tolist()
+    good = (d_s < MAX_SUM) & (d_t < MAX_SUM) & a.isfinite() & h.isfinite()
+    return (good if rise is None else good & (rise < MAX_RISE)).tolist()
 
 
 def _sum_carefully(s, t, label, inv_temperature, buffers, teacher_support, entropy):

@@ -28,6 +28,9 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# How far, in powers of two, sums and single exponentials may rise above m (``sums_are_good``).
+MAX_SUM: tl.constexpr = tl.constexpr(4194304.0)
+MAX_RISE: tl.constexpr = tl.constexpr(11.5)
 
 
 @triton.jit
@@ -83,13 +86,13 @@ def sums_are_good(d_s, a, h, d_t):
     """Whether sums made by ``add_tile_at`` can be trusted. False with any NaN.
 
     0 * inf = NaN and e * inf = inf, so a finite `a` means that no logit was infinite. Sums below
-    2^22 mean that m is at most 15 nats (at temperature 1) below the maximum: differences of logits
-    are rounded at 2^-21 and less, as plain PyTorch rounds a logit minus a log-sum-exp, and
-    rescaling never meets a denormal. A flat row of 262,144 columns has sums of 2^18.
+    2^22 mean that m is at most 15 nats (at temperature 1) below the maximum: then rescaling meets
+    no denormal, and differences of logits are rounded at 2^-21 or less, which a gradient of 16 bits
+    hides. For float32 logits row_sums.py asks, too, that no logit is more than 8 nats above m, as
+    their gradient would show it. A flat row of 262,144 columns has sums of 2^18.
     """
-    limit: tl.constexpr = 4194304.0
     finite: tl.constexpr = 3.0e38
-    return (d_s < limit) & (d_t < limit) & (tl.abs(a) < finite) & (tl.abs(h) < finite)
+    return (d_s < MAX_SUM) & (d_t < MAX_SUM) & (tl.abs(a) < finite) & (tl.abs(h) < finite)
 
 
 @triton.jit

@@ -264,7 +264,9 @@ def test_peak_memory_is_the_outputs_and_o_of_n(device, N, V):
     calls = {
         "drkl": lambda: drkl(s, t, y, reduction="none", backend="triton"),
         "reverse_kl": lambda: reverse_kl(s, t, reduction="none", backend="triton"),
-        "metrics": lambda: drkl(s, t, y, reduction="none", return_metrics=True, backend="triton")[0],
+        "metrics": lambda: drkl(s, t, y, reduction="none", return_metrics=True, backend="triton")[
+            0
+        ],
         "softmax": lambda: softmax(s, backend="triton"),
         "log_softmax": lambda: log_softmax(s, backend="triton"),
     }

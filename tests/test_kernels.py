@@ -235,31 +235,32 @@ def test_transposed_labels_and_weight(which, backend):
     )
 
 
-LATE = slice(6000, 6010)  # of 9001 columns: neither in what is walked first nor in the ends
+LATE = slice(3000, 3010)  # of 5001 columns: neither in what is walked first nor in the ends
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("who", ["student", "teacher", "both", "one-column"])
-@pytest.mark.parametrize("rise", [6, 12, 15, 20, 30, 60, 95, 700])  # nats; the fast way takes 15
+# nats; the fast way takes 8 (float32) and 15 above the first maximum, which is about 10 here
+@pytest.mark.parametrize("rise", [12, 18, 24, 95])
 def test_maxima_may_come_late(rise, who, dtype, backend):
     if who == "one-column":  # there float64 rounds log q to 0, which is no truth
         rise = min(rise, 30)
-    s, t = torch.randn(4, 9001) * 3, torch.randn(4, 9001) * 3
-    late = slice(6000, 6001) if who == "one-column" else LATE
+    s, t = torch.randn(4, 5001) * 3, torch.randn(4, 5001) * 3
+    late = slice(3000, 3001) if who == "one-column" else LATE
     if who != "teacher":
         s[:, late] += rise
     if who != "student":
         t[:, late] += rise
     s, t, upstream = s.to(dtype), t.to(dtype), torch.randn(4)
     # the label in what is walked first, in the ends, elsewhere, and on the late maximum
-    label = torch.tensor([5, 8999, 4500, 6000])
-    for name, labels in (("reverse_kl", None), ("reverse_kl", label), ("drkl", label)):
-        assert max(excess(name, s, t, labels, upstream, backend=backend)) <= 1
+    label = torch.tensor([5, 4999, 2500, 3000])
+    assert max(excess("reverse_kl", s, t, None, upstream, backend=backend)) <= 1
+    assert max(excess("drkl", s, t, label, upstream, backend=backend)) <= 1
     _, ours = drkl_triton.drkl(s, t, label, backend=backend, return_metrics=True)
     _, truth = drkl_triton.reference.drkl(s.double(), t.double(), label, return_metrics=True)
     for field, value in ours._asdict().items():
         expected = getattr(truth, field).to(value.dtype)
-        torch.testing.assert_close(value, expected, rtol=2e-5, atol=2e-6, msg=field)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=5e-6, msg=field)
 
 
 IMPLEMENTATIONS = {"tiled": tiled, "triton": kernels}
@@ -267,24 +268,26 @@ IMPLEMENTATIONS = {"tiled": tiled, "triton": kernels}
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
-    s, t = torch.randn(9, 9001) * 3, torch.randn(9, 9001) * 3
-    s[1, 6000] = -float("inf")
-    t[2, 6000] = -float("inf")
-    s[3, 6000] = float("nan")
-    t[4, 6000] = float("inf")
-    s[5, 8990:], t[5, 8990:] = -float("inf"), -float("inf")  # a padded vocabulary
-    s[6, 6000] += 60
-    t[7, 6000] += 60
+    s, t = torch.randn(9, 5001) * 3, torch.randn(9, 5001) * 3
+    s[1, 3000] = -float("inf")
+    t[2, 3000] = -float("inf")
+    s[3, 3000] = float("nan")
+    t[4, 3000] = float("inf")
+    s[5, 4990:], t[5, 4990:] = -float("inf"), -float("inf")  # a padded vocabulary
+    s[6, 3000] += 60
+    t[7, 3000] += 60
     s[8], t[8] = s[8] / 3, t[8] / 3
-    s[8, 6000], t[8, 6000] = 12.0, 10.0
-    label = torch.full((9,), 4500)
-    sums = IMPLEMENTATIONS[implementation].row_sums(rows_of(s), rows_of(t), label, ONE, 9001)
-    assert sums[8].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+    s[8, 3000], t[8, 3000] = 12.0, 10.0
+    label = torch.full((9,), 2500)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, z = rows_of(s.to(dtype)), rows_of(t.to(dtype))
+        sums = IMPLEMENTATIONS[implementation].row_sums(x, z, label, ONE, 5001)
+        assert sums[8].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, dtype == torch.float32]
     # a label that is out of the sums needs none, wherever it stands and whatever its logit
-    for y in (0, 4500, 6000, 9000):
-        s, t = torch.randn(1, 9001), torch.randn(1, 9001)
+    for y in (0, 2500, 3000, 5000):
+        s, t = torch.randn(1, 5001), torch.randn(1, 5001)
         s[0, y], t[0, y] = 500.0, 80.0
         label = torch.tensor([y])
-        sums = IMPLEMENTATIONS[implementation].row_sums(rows_of(s), rows_of(t), label, ONE, 9001)
+        sums = IMPLEMENTATIONS[implementation].row_sums(rows_of(s), rows_of(t), label, ONE, 5001)
         assert sums[8].item() == 0
         assert sums[[0, 4]].abs().max() < 10
