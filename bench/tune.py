@@ -165,19 +165,22 @@ def tiles_for(problem, options):
 class Launch:
     """A kernel's launcher on one problem, to be called with any tile."""
 
-    def __init__(self, problem, device):
+    def __init__(self, problem, device, compile_only=False):
         case = Case("drkl", DTYPES[problem.dtype], problem.vocab, problem.tokens, device)
         self.s, self.t = rows_of(case.student), rows_of(case.teacher)
         self.label, self.one = case.labels, torch.ones((), device=device)
         self.problem, self.default = problem, present_tile(problem, device)
-        upstream = torch.full((problem.tokens,), UPSTREAM, device=device)
-        if problem.kernel == "row_grad":
+        if compile_only:
+            self.scalars = torch.zeros((algebra.SCALARS, problem.tokens), device=device)
+            self.state = self.scalars[:2]
+        elif problem.kernel == "row_grad":
             gamma = torch.tensor(0.5, device=device)
+            upstream = torch.full((problem.tokens,), UPSTREAM, device=device)
             sums = self.with_tile(self.default, self._row_sums)
             self.scalars = algebra.gradient_scalars(
                 sums, self.label, self.one, gamma, True, upstream
             )
-        if problem.kernel == "softmax_backward":
+        elif problem.kernel == "softmax_backward":
             self.state = self.with_tile(self.default, self._softmax)[1]
 
     @staticmethod
@@ -296,7 +299,7 @@ def compile_part(part, options):
             if time.monotonic() - START > COMPILING * options.seconds:
                 return
             try:
-                launch = launch or Launch(few, options.device)
+                launch = launch or Launch(few, options.device, compile_only=True)
                 launch(tile)
             except Exception as error:
                 print(f"{problem}, {tile}: {type(error).__name__}: {error}", file=sys.stderr)

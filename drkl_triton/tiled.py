@@ -4,15 +4,19 @@ Triton.
 Same signatures, same tables and same edges as ``drkl_triton.kernels``, and the same two ways to sum
 a row: relative to the maxima of its first columns, and with care where that goes wrong.
 
-On the CPU a tile is so small (128 KB a buffer) that PyTorch does each operation on it in the
-calling thread. To wake its own threads and wait for them would cost more than the work, and far
-more on a machine that is shared. Instead ``torch.get_num_threads()`` Python threads take rows from
-one list; PyTorch leaves the interpreter's lock while it computes.
+On the CPU, ``torch.get_num_threads()`` Python threads take rows from one list, and each does its
+operations alone; PyTorch leaves the interpreter's lock while it computes. PyTorch's own way, all
+threads at one operation and then waiting for each other, is as fast on a quiet machine and several
+times slower as soon as anything else runs on it.
 """
 
 from __future__ import annotations
 
-import threading
+import ctypes
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,71 +24,119 @@ from torch import Tensor
 from ._layout import Rows
 from .algebra import IGNORED, INVALID, SUMS, merge
 
-# Elements of a tile on the CPU: PyTorch's own threads take part from 32,768 on, and three float32
-# buffers of this size fit into a core's second-level cache.
-TILE = 32767
-# Elsewhere each operation is a launch: a tile as large as 12 MB of scratch allow (24 in float64).
-DEVICE_TILE = 1 << 20
-# Rows a thread takes at a time: short ones, as many as fill a tile but no more than this; longer
-# than a tile, this many, so that what is done once a row is done for several at once.
-SHORT_ROWS, LONG_ROWS = 32, 8
+# Elements of scratch, of all threads together: 12.6 MB in float32. With tiles of a sixth of this,
+# what an operation costs besides its work is small; the table is in docs/performance.md.
+SCRATCH = 3 << 20
+# Chunks of rows a thread gets at least, where there are enough rows: so that none waits long for
+# the last.
+CHUNKS = 4
 # The columns whose maxima a row's sums are relative to at first, and how far, in powers of two,
 # sums and (for a gradient of 32 bits) exponentials may rise above them (kernels/online_softmax.py).
 FIRST, MAX_SUM, MAX_RISE = 2048, 2.0**22, 11.5
+HUGE_PAGE = 2 << 20
 INF = float("inf")
 LOG2E = 1.4426950408889634
 
 
 def new_output(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory. The tests replace this function to fill it with NaN first."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and out.nbytes >= HUGE_PAGE:
+        _ask_for_huge_pages(out)
+    return out
+
+
+def _ask_for_huge_pages(memory: Tensor) -> None:
+    """Linux hands out fresh memory in pages of 4 KB, zeroed one by one when they are first written,
+    which takes longer than the gradient itself. In pages of 2 MB it takes a tenth.
+    """
+    if _madvise is None or type(memory) is not Tensor:
+        return
+    start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (memory.data_ptr() + memory.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    _madvise(start, length, mmap.MADV_HUGEPAGE)  # where it is refused, nothing changes
+
+
+def _find_madvise():
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return madvise
+
+
+_madvise = _find_madvise()
 
 
 class _Scratch:
-    """Three buffers of one tile, handed out as [rows, columns]. Every thread has its own."""
+    """Some buffers of one tile, handed out as [rows, columns]. Every thread has its own."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, V: int):
-        elements = TILE if device.type == "cpu" else DEVICE_TILE
+    def __init__(self, buffers: int, elements: int, V: int, dtype: torch.dtype, device):
         count = max(1, -(-V // elements))
         self.spans = [(V * k // count, V * (k + 1) // count) for k in range(count)]
-        columns = max(1, *(e - c for c, e in self.spans))
-        self.rows = max(1, min(SHORT_ROWS, elements // columns))
-        self._buffers = new_output((3, self.rows * columns), dtype, device)
+        self.rows = max(1, elements // max(1, V))
+        self.elements = max(elements, 1)
+        self._buffers = new_output((buffers, self.elements), dtype, device)
 
     def tiles(self, rows: int, columns: int) -> list[Tensor]:
         return [b[: rows * columns].view(rows, columns) for b in self._buffers]
 
-    def blocks(self, i: int, j: int):
-        """Ranges of the rows i:j, as many as fit into a tile."""
-        return [(k, min(k + self.rows, j)) for k in range(i, j, self.rows)]
+
+@lru_cache(maxsize=1)
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which PyTorch works alone."""
+    # set_num_threads is for the calling thread and for those that PyTorch has not seen yet.
+    pool = ThreadPoolExecutor(threads, "drkl_triton", torch.set_num_threads, (1,))
+    list(pool.map(lambda _: torch.zeros(1), range(threads)))
+    torch.set_num_threads(threads)
+    return pool
 
 
-def _spread(chunks, work, dtype: torch.dtype, device: torch.device, V: int) -> None:
-    """work(i, j, scratch) for every chunk (i, j); on the CPU in as many threads as PyTorch has."""
-    chunks = list(chunks)
+os.register_at_fork(after_in_child=_workers.cache_clear)
+
+
+def _spread(work, N: int, V: int, buffers: int, acc: torch.dtype, *operands: Rows, skipped=None):
+    """work(i, j, scratch) for ranges of rows that are evenly spaced in every operand, without the
+    rows that are skipped; on the CPU in several threads.
+    """
+    device = operands[0].tensor.device
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    elements = max(1, SCRATCH // (buffers * threads))
+    chunks = list(
+        _chunks(N, min(elements // max(1, V), -(-N // (CHUNKS * threads))), operands, skipped)
+    )
+    threads = min(threads, len(chunks))
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
-    errors: list[BaseException] = []
+    scratches = [_Scratch(buffers, elements, V, acc, device) for _ in range(threads)]
 
-    def run() -> None:
-        try:
-            with torch.no_grad():  # grad mode belongs to a thread
-                scratch = _Scratch(dtype, device, V)
-                for i, j in todo:
-                    if errors:
-                        break
-                    work(i, j, scratch)
-        except BaseException as error:
-            errors.append(error)
+    def run(scratch: _Scratch) -> None:
+        with torch.no_grad():  # grad mode belongs to a thread
+            for i, j in todo:
+                work(i, j, scratch)
 
-    count = min(torch.get_num_threads() if device.type == "cpu" else 1, len(chunks))
-    threads = [threading.Thread(target=run) for _ in range(count - 1)]
-    for thread in threads:
-        thread.start()
-    run()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    if threads <= 1:
+        for scratch in scratches:
+            run(scratch)
+    else:
+        for done in [_workers(torch.get_num_threads()).submit(run, x) for x in scratches]:
+            done.result()
+
+
+def _chunks(N: int, height: int, operands, skipped):
+    i = 0
+    while i < N:
+        if skipped and skipped[i]:
+            i += 1
+            continue
+        stop = min(N, i + max(1, height), *((i // r.inner + 1) * r.inner for r in operands))
+        j = i + 1
+        while j < stop and not (skipped and skipped[j]):
+            j += 1
+        yield i, j
+        i = j
 
 
 def _tile(rows: Rows, i: int, j: int, c: int, e: int) -> Tensor:
@@ -96,26 +148,6 @@ def _tile(rows: Rows, i: int, j: int, c: int, e: int) -> Tensor:
         + c
     )
     return rows.tensor.as_strided((j - i, e - c), (rows.strides[1], 1), start)
-
-
-def _chunks(N: int, V: int, *operands: Rows, skipped: list[bool] | None = None):
-    """Ranges (i, j) of rows that are evenly spaced in every operand, without rows that are not
-    read.
-    """
-    on_cpu = operands[0].tensor.device.type == "cpu"
-    fit = (TILE if on_cpu else DEVICE_TILE) // max(1, V)
-    height = min(SHORT_ROWS, fit) or LONG_ROWS
-    i = 0
-    while i < N:
-        if skipped and skipped[i]:
-            i += 1
-            continue
-        stop = min(N, i + height, *((i // r.inner + 1) * r.inner for r in operands))
-        j = i + 1
-        while j < stop and not (skipped and skipped[j]):
-            j += 1
-        yield i, j
-        i = j
 
 
 def row_sums(
@@ -134,30 +166,28 @@ def row_sums(
     unread = (label == IGNORED) | (label == INVALID)
     # Elsewhere than on the CPU, looking at a number would stall the device.
     on_cpu = device.type == "cpu"
-    labels = label.tolist() if on_cpu else []
     try_first = on_cpu and not teacher_support and float(inv_temperature) > 1e-30
 
     def carefully(i, j, scratch):
-        for k, end in scratch.blocks(i, j):
-            for c, e in scratch.spans:
-                s, t = _tile(student, k, end, c, e), _tile(teacher, k, end, c, e)
-                args = label[k:end] - c, inv_temperature, scratch.tiles(end - k, e - c)
-                part = _sum_carefully(s, t, *args, teacher_support, entropy)
-                sums[:, k:end] = part if c == 0 else merge(sums[:, k:end], part, inv_temperature)
+        for c, e in scratch.spans:
+            s, t = _tile(student, i, j, c, e), _tile(teacher, i, j, c, e)
+            args = label[i:j] - c, inv_temperature, scratch.tiles(j - i, e - c)
+            part = _sum_carefully(s, t, *args, teacher_support, entropy)
+            sums[:, i:j] = part if c == 0 else merge(sums[:, i:j], part, inv_temperature)
 
     def work(i, j, scratch):
         if not try_first:
             return carefully(i, j, scratch)
-        s, t = _tile(student, i, j, 0, V), _tile(teacher, i, j, 0, V)
-        part, rise = _sum_at_first_maxima(s, t, labels[i:j], inv_temperature, scratch, entropy)
-        at_label = [_at_label(x, label[i:j]).to(acc) for x in (s, t)]
+        s, t, y = _tile(student, i, j, 0, V), _tile(teacher, i, j, 0, V), label[i:j]
+        part, rise = _sum_at_first_maxima(s, t, y, inv_temperature, scratch, entropy)
+        at_label = [_at_label(x, y).to(acc) for x in (s, t)]
         sums[:, i:j] = torch.stack([*part, *at_label, torch.zeros_like(part[0])])
         for row, good in enumerate(_sums_are_good(part, rise)):
             if not good:
                 carefully(i + row, i + row + 1, scratch)
 
     skipped = unread.tolist() if on_cpu else None
-    _spread(_chunks(N, V, student, teacher, skipped=skipped), work, acc, device, V)
+    _spread(work, N, V, 4 if entropy else 3, acc, student, teacher, skipped=skipped)
     return sums if on_cpu else torch.where(unread, 0.0, sums)
 
 
@@ -174,48 +204,42 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
     return torch.where(inside, x.gather(1, torch.where(inside, label, 0)[:, None])[:, 0], -INF)
 
 
-def _sum_at_first_maxima(s, t, labels, inv_temperature, scratch, entropy):
+def _sum_at_first_maxima(s, t, label, inv_temperature, scratch, entropy):
     """(m_s, d_s, a, h, m_t, d_t), each [rows], of whole rows, relative to the maxima of their first
     columns; and how far the maxima rise above those, if it matters.
     """
     R, V = s.shape
-    x, z, _ = scratch.tiles(R, min(V, FIRST))
-    m_s, m_t = (_first_maximum(a, labels, out) for a, out in ((s, x), (t, z)))
+    x, z, *_ = scratch.tiles(R, min(V, FIRST, scratch.elements // R))
+    floor = torch.finfo(x.dtype).min
+    for logits, first in ((s, x), (t, z)):
+        first.copy_(logits[:, : first.shape[1]])
+        first[_inside(label, 0, first.shape[1])] = -INF
+    m_s, m_t = (first.amax(1, keepdim=True).clamp_min_(floor) for first in (x, z))
     scale = inv_temperature * LOG2E
     sums, rises = [], []
-    for k, end in scratch.blocks(0, R):
-        s_rows, t_rows, top_s, top_t = (a[k:end] for a in (s, t, m_s, m_t))
-        for c, e in scratch.spans:
-            x, z, q = scratch.tiles(end - k, e - c)
-            _minus(s_rows[:, c:e], top_s, x)
-            _minus(t_rows[:, c:e], top_t, z)
-            for row, y in enumerate(labels[k:end]):
-                if c <= y < e:  # not part of the sums: exponentials and ratio become 0
-                    x[row, y - c] = z[row, y - c] = -1e36
-            torch.mul(x, scale, out=q).exp2_()
-            h = torch.mul(x, q).sum(1) if entropy else None
-            if s.element_size() >= 4:
-                rises += [x.amax(1), z.amax(1)]
-            x.sub_(z)
-            d_s, d_t, a = q.sum(1), z.mul_(scale).exp2_().sum(1), x.mul_(q).sum(1)
-            sums.append(torch.stack([d_s, a, torch.zeros_like(a) if h is None else h, d_t]))
-    sums = torch.cat(sums, 1).view(4, -1, len(scratch.spans), min(scratch.rows, R))
-    d_s, a, h, d_t = sums.sum(2).flatten(1)
-    rise = None
-    if rises:  # per block, per span, student's and teacher's
-        rise = torch.cat(rises).view(-1, 2 * len(scratch.spans), min(scratch.rows, R))
-        rise = rise.amax(1).flatten() * scale
+    for c, e in scratch.spans:
+        x, z, q, *spare = scratch.tiles(R, e - c)
+        _minus(s[:, c:e], m_s, x)
+        _minus(t[:, c:e], m_t, z)
+        at = _inside(label, c, e)  # not part of the sums: exponentials and ratio become 0
+        x[at] = z[at] = -1e36
+        if s.element_size() >= 4:
+            rises.append(torch.maximum(x.amax(1), z.amax(1)) * scale)
+        torch.mul(x, scale, out=q).exp2_()
+        d_s = q.sum(1)
+        h = torch.mul(x, q, out=spare[0]).sum(1) if entropy else torch.zeros_like(d_s)
+        x.sub_(z)
+        d_t, a = z.mul_(scale).exp2_().sum(1), x.mul_(q).sum(1)
+        sums.append(torch.stack([d_s, a, h, d_t]))
+    d_s, a, h, d_t = sum(sums)
+    rise = torch.stack(rises).amax(0) if rises else None
     return (m_s[:, 0], d_s, a, h, m_t[:, 0], d_t), rise
 
 
-def _first_maximum(x, labels, out):
-    """[rows, 1]: the maximum of the first columns, the label's aside."""
-    K = out.shape[1]
-    out.copy_(x[:, :K])
-    for row, y in enumerate(labels):
-        if 0 <= y < K:
-            out[row, y] = -INF
-    return out.amax(1, keepdim=True).clamp_min_(torch.finfo(out.dtype).min)
+def _inside(label, c, e):
+    """Index of the labels' places in columns c:e of their rows, of those that are there."""
+    row = ((label >= c) & (label < e)).nonzero()[:, 0]
+    return row, label[row] - c
 
 
 def _sums_are_good(sums, rise) -> list[bool]:
@@ -227,7 +251,7 @@ def _sums_are_good(sums, rise) -> list[bool]:
 
 def _sum_carefully(s, t, label, inv_temperature, buffers, teacher_support, entropy):
     """Sums [9, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
-    x, z, ratio = buffers
+    x, z, ratio, *_ = buffers
     x.copy_(s)
     z.copy_(t)
     if teacher_support:
@@ -280,33 +304,32 @@ def row_grad(
 
     def work(i, j, scratch):
         care, shifts = any(careful[i:j]), any(shifted[i:j])
-        for k, end in scratch.blocks(i, j):
-            top_s, top_t, down, slope, constant = (a[k:end] for a in (m_s, m_t, shift, w1, w0))
-            for c, e in scratch.spans:
-                x, z, _ = scratch.tiles(end - k, e - c)
-                t = _tile(teacher, k, end, c, e)
-                _minus(_tile(student, k, end, c, e), top_s, x)
-                _minus(t, top_t, z)
-                if care:
-                    # A column the student leaves out has exponential 0, and a finite ratio makes
-                    # the product 0. The teacher's -inf stands only at such columns: a row where it
-                    # meets a finite student has loss +inf and gradient 0.
-                    if teacher_support:
-                        x.masked_fill_(t == -INF, low)
-                    x.clamp_min_(low)
-                    z.clamp_min_(low)
-                torch.sub(x, z, out=z).mul_(slope).add_(constant)
-                x.mul_(scale)
-                if shifts:
-                    x.sub_(down)
-                g = out[k:end, c:e]
-                if g.dtype == acc:
-                    torch.mul(x.exp2_(), z, out=g)
-                else:  # mul could convert, too, but takes twice as long
-                    g.copy_(x.exp2_().mul_(z))
+        top_s, top_t, down, slope, constant = (a[i:j] for a in (m_s, m_t, shift, w1, w0))
+        for c, e in scratch.spans:
+            x, z = scratch.tiles(j - i, e - c)
+            t = _tile(teacher, i, j, c, e)
+            _minus(_tile(student, i, j, c, e), top_s, x)
+            _minus(t, top_t, z)
+            if care:
+                # A column the student leaves out has exponential 0, and a finite ratio makes the
+                # product 0. The teacher's -inf stands only at such columns: a row where it meets a
+                # finite student has loss +inf and gradient 0.
+                if teacher_support:
+                    x.masked_fill_(t == -INF, low)
+                x.clamp_min_(low)
+                z.clamp_min_(low)
+            torch.sub(x, z, out=z).mul_(slope).add_(constant)
+            x.mul_(scale)
+            if shifts:
+                x.sub_(down)
+            g = out[i:j, c:e]
+            if g.dtype == acc:
+                torch.mul(x.exp2_(), z, out=g)
+            else:  # mul could convert, too, but takes twice as long
+                g.copy_(x.exp2_().mul_(z))
 
     skipped = unread.tolist() if on_cpu else None
-    _spread(_chunks(N, V, student, teacher, skipped=skipped), work, acc, label.device, V)
+    _spread(work, N, V, 2, acc, student, teacher, skipped=skipped)
     fill = torch.where(zero, 0.0, nan)[:, None]
     if on_cpu:
         out[unread, :V] = fill[unread].to(out.dtype)
@@ -329,18 +352,17 @@ def softmax_forward(
     scale = inv_temperature * LOG2E
 
     def work(i, j, scratch):
-        for k, end in scratch.blocks(i, j):
-            tiles = [_tile(logits, k, end, c, e) for c, e in scratch.spans]
-            tops = [x.amax(1, keepdim=True) for x in tiles]
-            m = torch.cat(tops, 1).amax(1, keepdim=True).to(acc).clamp_min_(floor)
-            d = sum(_exponent(x, m, scale, scratch).exp2_().sum(1, keepdim=True) for x in tiles)
-            log2d = d.log2()
-            for x, (c, e) in zip(tiles, scratch.spans, strict=True):
-                p = _exponent(x, m, scale, scratch).sub_(log2d)
-                y[k:end, c:e] = p.mul_(1 / LOG2E) if log else p.exp2_()
-            state[0, k:end], state[1, k:end] = m[:, 0], log2d[:, 0]
+        tiles = [_tile(logits, i, j, c, e) for c, e in scratch.spans]
+        tops = [x.amax(1, keepdim=True) for x in tiles]
+        m = torch.cat(tops, 1).amax(1, keepdim=True).to(acc).clamp_min_(floor)
+        d = sum(_exponent(x, m, scale, scratch).exp2_().sum(1, keepdim=True) for x in tiles)
+        log2d = d.log2()
+        for x, (c, e) in zip(tiles, scratch.spans, strict=True):
+            p = _exponent(x, m, scale, scratch).sub_(log2d)
+            y[i:j, c:e] = p.mul_(1 / LOG2E) if log else p.exp2_()
+        state[0, i:j], state[1, i:j] = m[:, 0], log2d[:, 0]
 
-    _spread(_chunks(N, V, logits), work, acc, device, V)
+    _spread(work, N, V, 1, acc, logits)
     return y, state
 
 
@@ -363,18 +385,17 @@ def softmax_backward(
         return x.sub_(log2d[i:j]).exp2_()
 
     def work(i, j, scratch):
-        for k, end in scratch.blocks(i, j):
-            dot = torch.zeros_like(m[k:end])
-            for c, e in scratch.spans:
-                g = _tile(grad, k, end, c, e)
-                if not log:
-                    g = probability(k, end, c, e, scratch).mul_(g)
-                dot += g.sum(1, keepdim=True, dtype=state.dtype)
-            for c, e in scratch.spans:
-                p = probability(k, end, c, e, scratch)
-                g = scratch.tiles(end - k, e - c)[1].copy_(_tile(grad, k, end, c, e))
-                out = g.sub_(p.mul_(dot)) if log else g.sub_(dot).mul_(p)
-                dx[k:end, c:e] = out.mul_(inv_temperature)
+        dot = torch.zeros_like(m[i:j])
+        for c, e in scratch.spans:
+            g = _tile(grad, i, j, c, e)
+            if not log:
+                g = probability(i, j, c, e, scratch).mul_(g)
+            dot += g.sum(1, keepdim=True, dtype=state.dtype)
+        for c, e in scratch.spans:
+            p = probability(i, j, c, e, scratch)
+            g = scratch.tiles(j - i, e - c)[1].copy_(_tile(grad, i, j, c, e))
+            out = g.sub_(p.mul_(dot)) if log else g.sub_(dot).mul_(p)
+            dx[i:j, c:e] = out.mul_(inv_temperature)
 
-    _spread(_chunks(N, V, logits, grad), work, state.dtype, device, V)
+    _spread(work, N, V, 2, state.dtype, logits, grad)
     return dx

@@ -253,7 +253,7 @@ def test_maxima_may_come_late(rise, who, dtype, backend):
         t[:, late] += rise
     s, t, upstream = s.to(dtype), t.to(dtype), torch.randn(4)
     # the label in what is walked first, in the ends, elsewhere, and on the late maximum
-    label = torch.tensor([5, 4999, 2500, 3000])
+    label = torch.tensor([5, 4999, 1500, 3000])
     assert max(excess("reverse_kl", s, t, None, upstream, backend=backend)) <= 1
     assert max(excess("drkl", s, t, label, upstream, backend=backend)) <= 1
     _, ours = drkl_triton.drkl(s, t, label, backend=backend, return_metrics=True)
@@ -278,7 +278,7 @@ def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
     t[7, 3000] += 60
     s[8], t[8] = s[8] / 3, t[8] / 3
     s[8, 3000], t[8, 3000] = 12.0, 10.0
-    label = torch.full((9,), 2500)
+    label = torch.full((9,), 1500)
     for dtype in (torch.float32, torch.bfloat16):
         x, z = rows_of(s.to(dtype)), rows_of(t.to(dtype))
         sums = IMPLEMENTATIONS[implementation].row_sums(x, z, label, ONE, 5001)
