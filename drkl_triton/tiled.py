@@ -16,7 +16,7 @@ import ctypes
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -98,16 +98,17 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-def _spread(work, N: int, V: int, buffers: int, acc: torch.dtype, *operands: Rows, skipped=None):
+def _spread(N: int, V: int, acc: torch.dtype, *operands_and_work, skipped=None) -> None:
     """work(i, j, scratch) for ranges of rows that are evenly spaced in every operand, without the
-    rows that are skipped; on the CPU in several threads.
+    rows that are ``skipped`` [N]; on the CPU in several threads. Last come work and the number of
+    buffers of a scratch.
     """
+    *operands, work, buffers = operands_and_work
     device = operands[0].tensor.device
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     elements = max(1, SCRATCH // (buffers * threads))
-    chunks = list(
-        _chunks(N, min(elements // max(1, V), -(-N // (CHUNKS * threads))), operands, skipped)
-    )
+    height = max(1, min(elements // max(1, V), -(-N // (CHUNKS * threads))))
+    chunks = list(_ranges(N, height, operands, skipped))
     threads = min(threads, len(chunks))
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
     scratches = [_Scratch(buffers, elements, V, acc, device) for _ in range(threads)]
@@ -125,15 +126,16 @@ def _spread(work, N: int, V: int, buffers: int, acc: torch.dtype, *operands: Row
             done.result()
 
 
-def _chunks(N: int, height: int, operands, skipped):
+def _ranges(N: int, height: int, operands, skipped: Tensor | None):
+    skip = None if skipped is None else skipped.tolist()
     i = 0
     while i < N:
-        if skipped and skipped[i]:
+        if skip and skip[i]:
             i += 1
             continue
-        stop = min(N, i + max(1, height), *((i // r.inner + 1) * r.inner for r in operands))
+        stop = min(N, i + height, *((i // r.inner + 1) * r.inner for r in operands))
         j = i + 1
-        while j < stop and not (skipped and skipped[j]):
+        while j < stop and not (skip and skip[j]):
             j += 1
         yield i, j
         i = j
@@ -150,6 +152,13 @@ def _tile(rows: Rows, i: int, j: int, c: int, e: int) -> Tensor:
     return rows.tensor.as_strided((j - i, e - c), (rows.strides[1], 1), start)
 
 
+def _whole(rows: Rows, N: int) -> Tensor:
+    """All N rows as [outer, inner, columns], a view."""
+    tensor, inner = rows.tensor, rows.inner
+    shape = (N // inner, inner, tensor.shape[-1])
+    return tensor.as_strided(shape, (*rows.strides, 1), tensor.storage_offset())
+
+
 def row_sums(
     student: Rows,
     teacher: Rows,
@@ -164,38 +173,84 @@ def row_sums(
     N, acc, device = label.numel(), inv_temperature.dtype, label.device
     sums = torch.zeros(SUMS, N, dtype=acc, device=device)
     unread = (label == IGNORED) | (label == INVALID)
+    scale = inv_temperature * LOG2E
     # Elsewhere than on the CPU, looking at a number would stall the device.
     on_cpu = device.type == "cpu"
-    try_first = on_cpu and not teacher_support and float(inv_temperature) > 1e-30
+    spread = partial(_spread, N, V, acc, student, teacher)
 
     def carefully(i, j, scratch):
         for c, e in scratch.spans:
             s, t = _tile(student, i, j, c, e), _tile(teacher, i, j, c, e)
-            args = label[i:j] - c, inv_temperature, scratch.tiles(j - i, e - c)
+            args = label[i:j] - c, scale, scratch.tiles(j - i, e - c)
             part = _sum_carefully(s, t, *args, teacher_support, entropy)
             sums[:, i:j] = part if c == 0 else merge(sums[:, i:j], part, inv_temperature)
 
-    def work(i, j, scratch):
-        if not try_first:
-            return carefully(i, j, scratch)
-        s, t, y = _tile(student, i, j, 0, V), _tile(teacher, i, j, 0, V), label[i:j]
-        part, rise = _sum_at_first_maxima(s, t, y, inv_temperature, scratch, entropy)
-        at_label = [_at_label(x, y).to(acc) for x in (s, t)]
-        sums[:, i:j] = torch.stack([*part, *at_label, torch.zeros_like(part[0])])
-        for row, good in enumerate(_sums_are_good(part, rise)):
-            if not good:
-                carefully(i + row, i + row + 1, scratch)
+    if not on_cpu:
+        spread(carefully, 3)
+        return torch.where(unread, 0.0, sums)
+    if teacher_support or V < 2 or not float(inv_temperature) > 1e-30:
+        spread(carefully, 3, skipped=unread)
+        return sums
 
-    skipped = unread.tolist() if on_cpu else None
-    _spread(work, N, V, 4 if entropy else 3, acc, student, teacher, skipped=skipped)
-    return sums if on_cpu else torch.where(unread, 0.0, sums)
+    for rows, top, at_label in ((student, 0, 6), (teacher, 4, 7)):
+        logits = _whole(rows, N)[..., :V]
+        sums[top] = _first_maximum(logits, label)
+        y = label.clamp_min(0).view(*logits.shape[:2], 1)
+        sums[at_label] = torch.where(label < 0, -INF, logits.gather(2, y).flatten())
+    m_s, m_t = sums[0, :, None], sums[4, :, None]
+
+    def at_first_maxima(i, j, scratch):
+        for c, e in scratch.spans:
+            x, z, q, *spare = scratch.tiles(j - i, e - c)
+            _minus(_tile(student, i, j, c, e), m_s[i:j], x)
+            _minus(_tile(teacher, i, j, c, e), m_t[i:j], z)
+            row = ((label[i:j] >= c) & (label[i:j] < e)).nonzero()[:, 0]
+            at = row, label[i:j][row] - c  # not part of the sums: exponentials and ratio become 0
+            x[at] = z[at] = -1e36
+            sums[1, i:j] += torch.mul(x, scale, out=q).exp2_().sum(1)
+            if entropy:
+                sums[3, i:j] += torch.mul(x, q, out=spare[0]).sum(1)
+            x.sub_(z)
+            sums[5, i:j] += z.mul_(scale).exp2_().sum(1)
+            sums[2, i:j] += x.mul_(q).sum(1)
+
+    spread(at_first_maxima, 4 if entropy else 3, skipped=unread)
+    good = _sums_are_good(sums, student, teacher, scale)
+    sums[:, unread] = 0.0
+    if not good.all():
+        spread(carefully, 3, skipped=good | unread)
+    return sums
+
+
+def _first_maximum(logits: Tensor, label: Tensor) -> Tensor:
+    """[N]: the maximum of the first columns, or of those after them where the label is one."""
+    K = min(FIRST, logits.shape[2] // 2)
+    first, second = (logits[..., k : k + K].amax(2).flatten() for k in (0, K))
+    return torch.where((label >= 0) & (label < K), second, first)
+
+
+def _sums_are_good(sums, student, teacher, scale) -> Tensor:
+    """[N]: kernels/online_softmax.py; a finite `a` means that no logit is infinite. False with a
+    NaN.
+    """
+    m_s, d_s, a, h, m_t, d_t, *_ = sums
+    d = torch.maximum(d_s, d_t)
+    good = (d < MAX_SUM) & a.isfinite() & h.isfinite()
+    if student.tensor.element_size() >= 4:
+        # an exponential is no larger than its sum; where that does not settle it, look
+        N = d.numel()
+        for i, j in _ranges(N, N, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
+            for rows, m in ((student, m_s), (teacher, m_t)):
+                top = _tile(rows, i, j, 0, rows.tensor.shape[-1]).amax(1)
+                good[i:j] &= (top - m[i:j]) * scale < MAX_RISE
+    return good
 
 
 def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
     """x - m, in the dtype of ``out``."""
-    if x.dtype == out.dtype:
-        return torch.sub(x, m, out=out)
-    return out.copy_(x).sub_(m)  # sub could convert, too, but takes memory for it
+    if x.dtype != out.dtype:
+        x = out.copy_(x)  # sub could convert, too, but takes memory for it
+    return torch.sub(x, m, out=out)
 
 
 def _at_label(x: Tensor, label: Tensor) -> Tensor:
@@ -204,54 +259,9 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
     return torch.where(inside, x.gather(1, torch.where(inside, label, 0)[:, None])[:, 0], -INF)
 
 
-def _sum_at_first_maxima(s, t, label, inv_temperature, scratch, entropy):
-    """(m_s, d_s, a, h, m_t, d_t), each [rows], of whole rows, relative to the maxima of their first
-    columns; and how far the maxima rise above those, if it matters.
-    """
-    R, V = s.shape
-    x, z, *_ = scratch.tiles(R, min(V, FIRST, scratch.elements // R))
-    floor = torch.finfo(x.dtype).min
-    for logits, first in ((s, x), (t, z)):
-        first.copy_(logits[:, : first.shape[1]])
-        first[_inside(label, 0, first.shape[1])] = -INF
-    m_s, m_t = (first.amax(1, keepdim=True).clamp_min_(floor) for first in (x, z))
-    scale = inv_temperature * LOG2E
-    sums, rises = [], []
-    for c, e in scratch.spans:
-        x, z, q, *spare = scratch.tiles(R, e - c)
-        _minus(s[:, c:e], m_s, x)
-        _minus(t[:, c:e], m_t, z)
-        at = _inside(label, c, e)  # not part of the sums: exponentials and ratio become 0
-        x[at] = z[at] = -1e36
-        if s.element_size() >= 4:
-            rises.append(torch.maximum(x.amax(1), z.amax(1)) * scale)
-        torch.mul(x, scale, out=q).exp2_()
-        d_s = q.sum(1)
-        h = torch.mul(x, q, out=spare[0]).sum(1) if entropy else torch.zeros_like(d_s)
-        x.sub_(z)
-        d_t, a = z.mul_(scale).exp2_().sum(1), x.mul_(q).sum(1)
-        sums.append(torch.stack([d_s, a, h, d_t]))
-    d_s, a, h, d_t = sum(sums)
-    rise = torch.stack(rises).amax(0) if rises else None
-    return (m_s[:, 0], d_s, a, h, m_t[:, 0], d_t), rise
-
-
-def _inside(label, c, e):
-    """Index of the labels' places in columns c:e of their rows, of those that are there."""
-    row = ((label >= c) & (label < e)).nonzero()[:, 0]
-    return row, label[row] - c
-
-
-def _sums_are_good(sums, rise) -> list[bool]:
-    """kernels/online_softmax.py: a finite `a` means that no logit is infinite. False with a NaN."""
-    _, d_s, a, h, _, d_t = sums
-    good = (d_s < MAX_SUM) & (d_t < MAX_SUM) & a.isfinite() & h.isfinite()
-    return (good if rise is None else good & (rise < MAX_RISE)).tolist()
-
-
-def _sum_carefully(s, t, label, inv_temperature, buffers, teacher_support, entropy):
+def _sum_carefully(s, t, label, scale, buffers, teacher_support, entropy):
     """Sums [9, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
-    x, z, ratio, *_ = buffers
+    x, z, ratio = buffers
     x.copy_(s)
     z.copy_(t)
     if teacher_support:
@@ -268,7 +278,6 @@ def _sum_carefully(s, t, label, inv_temperature, buffers, teacher_support, entro
     x.sub_(m_s[:, None])
     z.sub_(m_t[:, None])
     torch.sub(x, z, out=ratio).masked_fill_(absent, 0.0)
-    scale = inv_temperature * LOG2E
     d_t = z.mul_(scale).exp2_().sum(1)
     e = torch.mul(x, scale, out=z).exp2_()
     d_s = e.sum(1)
@@ -304,12 +313,11 @@ def row_grad(
 
     def work(i, j, scratch):
         care, shifts = any(careful[i:j]), any(shifted[i:j])
-        top_s, top_t, down, slope, constant = (a[i:j] for a in (m_s, m_t, shift, w1, w0))
         for c, e in scratch.spans:
             x, z = scratch.tiles(j - i, e - c)
             t = _tile(teacher, i, j, c, e)
-            _minus(_tile(student, i, j, c, e), top_s, x)
-            _minus(t, top_t, z)
+            _minus(_tile(student, i, j, c, e), m_s[i:j], x)
+            _minus(t, m_t[i:j], z)
             if care:
                 # A column the student leaves out has exponential 0, and a finite ratio makes the
                 # product 0. The teacher's -inf stands only at such columns: a row where it meets a
@@ -318,18 +326,17 @@ def row_grad(
                     x.masked_fill_(t == -INF, low)
                 x.clamp_min_(low)
                 z.clamp_min_(low)
-            torch.sub(x, z, out=z).mul_(slope).add_(constant)
+            torch.sub(x, z, out=z).mul_(w1[i:j]).add_(w0[i:j])
             x.mul_(scale)
             if shifts:
-                x.sub_(down)
+                x.sub_(shift[i:j])
             g = out[i:j, c:e]
             if g.dtype == acc:
                 torch.mul(x.exp2_(), z, out=g)
             else:  # mul could convert, too, but takes twice as long
                 g.copy_(x.exp2_().mul_(z))
 
-    skipped = unread.tolist() if on_cpu else None
-    _spread(work, N, V, 2, acc, student, teacher, skipped=skipped)
+    _spread(N, V, acc, student, teacher, work, 2, skipped=unread if on_cpu else None)
     fill = torch.where(zero, 0.0, nan)[:, None]
     if on_cpu:
         out[unread, :V] = fill[unread].to(out.dtype)
@@ -362,7 +369,7 @@ def softmax_forward(
             y[i:j, c:e] = p.mul_(1 / LOG2E) if log else p.exp2_()
         state[0, i:j], state[1, i:j] = m[:, 0], log2d[:, 0]
 
-    _spread(work, N, V, 1, acc, logits)
+    _spread(N, V, acc, logits, work, 1)
     return y, state
 
 
@@ -397,5 +404,5 @@ def softmax_backward(
             out = g.sub_(p.mul_(dot)) if log else g.sub_(dot).mul_(p)
             dx[i:j, c:e] = out.mul_(inv_temperature)
 
-    _spread(work, N, V, 2, state.dtype, logits, grad)
+    _spread(N, V, state.dtype, logits, grad, work, 2)
     return dx
