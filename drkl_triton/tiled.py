@@ -199,20 +199,29 @@ def row_sums(
         sums[at_label] = torch.where(label < 0, -INF, logits.gather(2, y).flatten())
     m_s, m_t = sums[0, :, None], sums[4, :, None]
 
+    labelled = bool(((label >= 0) | unread).all())
+
     def at_first_maxima(i, j, scratch):
+        _, d_s, a, h, _, d_t, *_ = sums[:, i:j]
+        y = label[i:j, None]
         for c, e in scratch.spans:
             x, z, q, *spare = scratch.tiles(j - i, e - c)
             _minus(_tile(student, i, j, c, e), m_s[i:j], x)
             _minus(_tile(teacher, i, j, c, e), m_t[i:j], z)
-            row = ((label[i:j] >= c) & (label[i:j] < e)).nonzero()[:, 0]
-            at = row, label[i:j][row] - c  # not part of the sums: exponentials and ratio become 0
-            x[at] = z[at] = -1e36
-            sums[1, i:j] += torch.mul(x, scale, out=q).exp2_().sum(1)
+            # The label is not part of the sums: its exponentials and its ratio become 0.
+            if labelled and e - c == V:
+                x.scatter_(1, y, -1e36)
+                z.scatter_(1, y, -1e36)
+            else:
+                row = ((y >= c) & (y < e)).nonzero()[:, 0]
+                at = row, y[row, 0] - c
+                x[at] = z[at] = -1e36
+            d_s.add_(torch.mul(x, scale, out=q).exp2_().sum(1))
             if entropy:
-                sums[3, i:j] += torch.mul(x, q, out=spare[0]).sum(1)
+                h.add_(torch.mul(x, q, out=spare[0]).sum(1))
             x.sub_(z)
-            sums[5, i:j] += z.mul_(scale).exp2_().sum(1)
-            sums[2, i:j] += x.mul_(q).sum(1)
+            d_t.add_(z.mul_(scale).exp2_().sum(1))
+            a.add_(x.mul_(q).sum(1))
 
     spread(at_first_maxima, 4 if entropy else 3, skipped=unread)
     good = _sums_are_good(sums, student, teacher, scale)
