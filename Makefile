@@ -6,8 +6,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-# A thread that waits gives its core up. Spinning, the default, makes many short parallel operations
-# several times slower as soon as anything else runs on the machine.
+# A thread that waits gives its core up. Spinning, the default, takes it from whatever runs next.
 test demo: export OMP_WAIT_POLICY ?= passive
 
 SHELL := bash

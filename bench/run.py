@@ -6,10 +6,15 @@ python bench/run.py --op reverse_kl --mode both --vocab 50257 128256 --tokens 51
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+
+# PyTorch's threads go on spinning for milliseconds after an operation, on the cores of whatever is
+# timed next. Asleep they cost nobody anything; OpenMP reads this once, when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     import plots

@@ -20,7 +20,10 @@ MODES = ("forward", "backward", "both")
 # writes one; softmax forward reads one and writes one, backward reads two and writes one.
 TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
 RATIOS = tuple(f"x_{provider.name}" for provider in providers.ALL)
-ENVIRONMENT = ("device", "driver", "threads", "torch", "triton", "python", "commit", "command")
+ENVIRONMENT = (
+    *("device", "driver", "threads", "wait_policy", "torch", "triton", "python"),
+    *("commit", "command"),
+)
 COLUMNS = (
     *("op", "mode", "dtype", "vocab", "tokens", "provider", "version"),
     *("check", "result_error", "grad_error", "ms", "ms_q1", "ms_q3", "runs"),
@@ -67,6 +70,7 @@ def environment(device, arguments):
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "driver": driver,
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
