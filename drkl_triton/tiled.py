@@ -30,6 +30,8 @@ SCRATCH = 3 << 20
 # Chunks of rows a thread gets at least, where there are enough rows: so that none waits long for
 # the last.
 CHUNKS = 4
+# Rows looked at together where it must be settled whether sums are good.
+CHUNK_ROWS = 8
 # The columns whose maxima a row's sums are relative to at first, and how far, in powers of two,
 # sums and (for a gradient of 32 bits) exponentials may rise above them (kernels/online_softmax.py).
 FIRST, MAX_SUM, MAX_RISE = 2048, 2.0**22, 11.5
@@ -85,7 +87,7 @@ class _Scratch:
         return [b[: rows * columns].view(rows, columns) for b in self._buffers]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _workers(threads: int) -> ThreadPoolExecutor:
     """Threads in each of which PyTorch works alone."""
     # set_num_threads is for the calling thread and for those that PyTorch has not seen yet.
@@ -95,7 +97,8 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_workers.cache_clear)
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
 def _spread(N: int, V: int, acc: torch.dtype, *operands_and_work, skipped=None) -> None:
@@ -113,17 +116,25 @@ def _spread(N: int, V: int, acc: torch.dtype, *operands_and_work, skipped=None) 
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
     scratches = [_Scratch(buffers, elements, V, acc, device) for _ in range(threads)]
 
+    # These modes belong to a thread; a tensor made in one cannot be written outside of it.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+
     def run(scratch: _Scratch) -> None:
-        with torch.no_grad():  # grad mode belongs to a thread
+        with mode():
             for i, j in todo:
                 work(i, j, scratch)
 
-    if threads <= 1:
-        for scratch in scratches:
-            run(scratch)
-    else:
-        for done in [_workers(torch.get_num_threads()).submit(run, x) for x in scratches]:
-            done.result()
+    started = []
+    if threads > 1:
+        try:
+            for scratch in scratches:
+                started.append(_workers(torch.get_num_threads()).submit(run, scratch))
+        except RuntimeError:  # the interpreter is shutting down and starts no threads
+            pass
+    for done in started:
+        done.result()
+    if scratches and not started:
+        run(scratches[0])
 
 
 def _ranges(N: int, height: int, operands, skipped: Tensor | None):
@@ -224,7 +235,7 @@ def row_sums(
             a.add_(x.mul_(q).sum(1))
 
     spread(at_first_maxima, 4 if entropy else 3, skipped=unread)
-    good = _sums_are_good(sums, student, teacher, scale)
+    good = _sums_are_good(sums, student, teacher, V, scale)
     sums[:, unread] = 0.0
     if not good.all():
         spread(carefully, 3, skipped=good | unread)
@@ -238,19 +249,21 @@ def _first_maximum(logits: Tensor, label: Tensor) -> Tensor:
     return torch.where((label >= 0) & (label < K), second, first)
 
 
-def _sums_are_good(sums, student, teacher, scale) -> Tensor:
+def _sums_are_good(sums, student, teacher, V, scale) -> Tensor:
     """[N]: kernels/online_softmax.py; a finite `a` means that no logit is infinite. False with a
     NaN.
     """
-    m_s, d_s, a, h, m_t, d_t, *_ = sums
+    m_s, d_s, a, h, m_t, d_t, s_y, t_y, _ = sums
     d = torch.maximum(d_s, d_t)
     good = (d < MAX_SUM) & a.isfinite() & h.isfinite()
     if student.tensor.element_size() >= 4:
         # an exponential is no larger than its sum; where that does not settle it, look
         N = d.numel()
-        for i, j in _ranges(N, N, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
-            for rows, m in ((student, m_s), (teacher, m_t)):
-                top = _tile(rows, i, j, 0, rows.tensor.shape[-1]).amax(1)
+        for i, j in _ranges(N, CHUNK_ROWS, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
+            for rows, m, at_label in ((student, m_s, s_y), (teacher, m_t, t_y)):
+                # the label's logit may be the largest, and does not count
+                first, second = _tile(rows, i, j, 0, V).topk(2, dim=1).values.unbind(1)
+                top = torch.where(at_label[i:j] == first, second, first)
                 good[i:j] &= (top - m[i:j]) * scale < MAX_RISE
     return good
 
@@ -318,7 +331,6 @@ def row_grad(
     scale = inv_temperature * LOG2E
     careful = (care[:, 0] != 0).tolist() if on_cpu and not teacher_support else [True] * N
     shifted = (shift[:, 0] != 0).tolist() if on_cpu else [True] * N
-    low = -(torch.finfo(acc).max ** 0.5)  # exp2(low) = 0, and low * w1 stays finite
 
     def work(i, j, scratch):
         care, shifts = any(careful[i:j]), any(shifted[i:j])
@@ -328,14 +340,16 @@ def row_grad(
             _minus(_tile(student, i, j, c, e), m_s[i:j], x)
             _minus(t, m_t[i:j], z)
             if care:
-                # A column the student leaves out has exponential 0, and a finite ratio makes the
-                # product 0. The teacher's -inf stands only at such columns: a row where it meets a
-                # finite student has loss +inf and gradient 0.
+                # A column the student leaves out has exponential 0; without a ratio of its own the
+                # product is 0, too. The teacher's -inf stands only at such columns: a row where it
+                # meets a finite student has loss +inf and gradient 0.
                 if teacher_support:
-                    x.masked_fill_(t == -INF, low)
-                x.clamp_min_(low)
-                z.clamp_min_(low)
-            torch.sub(x, z, out=z).mul_(w1[i:j]).add_(w0[i:j])
+                    x.masked_fill_(t == -INF, -INF)
+                absent = x == -INF
+            torch.sub(x, z, out=z)
+            if care:
+                z.masked_fill_(absent, 0.0)
+            z.mul_(w1[i:j]).add_(w0[i:j])
             x.mul_(scale)
             if shifts:
                 x.sub_(shift[i:j])
