@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
@@ -87,12 +88,18 @@ class _Scratch:
         return [b[: rows * columns].view(rows, columns) for b in self._buffers]
 
 
+def _work_alone() -> None:
+    torch.get_num_threads()  # on its first use a thread takes over the number of the others
+    torch.set_num_threads(1)
+
+
 @lru_cache(maxsize=8)
 def _workers(threads: int) -> ThreadPoolExecutor:
     """Threads in each of which PyTorch works alone."""
-    # set_num_threads is for the calling thread and for those that PyTorch has not seen yet.
-    pool = ThreadPoolExecutor(threads, "drkl_triton", torch.set_num_threads, (1,))
-    list(pool.map(lambda _: torch.zeros(1), range(threads)))
+    together = threading.Barrier(threads)
+    pool = ThreadPoolExecutor(threads, "drkl_triton", _work_alone)
+    # so that every thread is there before the number for new threads is restored
+    list(pool.map(lambda _: together.wait(), range(threads)))
     torch.set_num_threads(threads)
     return pool
 
