@@ -143,7 +143,7 @@ def test_broken_rows_are_nan_and_only_they(name, labelled, case, implementation)
     assert torch.equal(loss[::2], clean[::2]) and torch.equal(grad[::2], dclean[::2])
 
 
-LONG = 4500  # two full tiles of bfloat16 and a rest; four of float32
+LONG = 4500  # four full tiles of bfloat16 and a rest; eight of float32
 REGIONS = {
     "first-tile": slice(0, 2048),
     "first-tile-and-more": slice(0, 2300),
