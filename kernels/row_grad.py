@@ -155,10 +155,9 @@ def row_grad_kernel(
                 s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
                 ACC, TEACHER_SUPPORT,
             )  # fmt: skip
-            at_label = tl.load(scalars_ptr + 5 * N)
-            tl.store(
-                d_row + label, to_output(at_label, dstudent_ptr.dtype.element_ty), mask=label >= 0
-            )
+            if label >= 0:
+                at_label = tl.load(scalars_ptr + 5 * N)
+                tl.store(d_row + label, to_output(at_label, dstudent_ptr.dtype.element_ty))
 
 
 def row_grad(

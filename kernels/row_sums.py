@@ -140,13 +140,13 @@ def sum_at_first_maxima(
     sa = tl.sum(a + tl.sum(ta, axis=1), axis=0)
     sh = tl.sum(h + tl.sum(th, axis=1), axis=0)
     sd_t = tl.sum(d_t + tl.sum(td_t, axis=1), axis=0)
-    wrong = (absent > 0) | (not sums_are_good(sd_s, sa, sh, sd_t))
+    wrong = tl.where(sums_are_good(sd_s, sa, sh, sd_t), absent, 1)
     if WIDE:
         # A gradient of 16 bits hides how differences of 8 to 15 nats are rounded; this one does
         # not.
         rise_s = tl.max(tl.max(max_s, axis=1), axis=0) - top_s
         rise_t = tl.max(tl.max(max_t, axis=1), axis=0) - top_t
-        wrong = wrong | (tl.maximum(rise_s, rise_t) * scale > MAX_RISE)
+        wrong = tl.where(tl.maximum(rise_s, rise_t) * scale > MAX_RISE, 1, wrong)
     return top_s, sd_s, sa, sh, top_t, sd_t, wrong
 
 
@@ -212,14 +212,14 @@ def row_sums_kernel(
             tl.store(sums_ptr + 7 * N, t_label)
 
         if TEACHER_SUPPORT:  # a teacher with -inf is what it is for
-            care = True
+            care = 1
         else:
             m_s, d_s, a, h, m_t, d_t, care = sum_at_first_maxima(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
                 is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY,
             )  # fmt: skip
             store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
-        if care:
+        if care != 0:
             cm_s, cd_s, ca, ch, cm_t, cd_t = sum_carefully(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
                 is_end, scale, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY,
