@@ -452,6 +452,8 @@ def write_csv(path, rows, where):
 
 def main(arguments=None):
     """The exit status: 1 if a tile came out wrong or nothing was timed."""
+    global START  # a second call has all of its time, too
+    START = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.compile_part:
