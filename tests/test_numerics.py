@@ -97,9 +97,12 @@ def test_softmax_gradcheck(name, backend):
     assert gradcheck(lambda x: getattr(drkl_triton, name)(x, temperature=1.5, backend=backend), x)
 
 
+# the longest rows in one dtype: they take the interpreter 20 seconds a test
+SOFTMAX_CASES = [(V, d) for V in VOCABULARIES for d in DTYPES if V < 1e5 or d == torch.bfloat16]
+
+
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("V, dtype", SOFTMAX_CASES, ids=str)
 def test_softmax_within_bound(V, dtype, name, backend):
     x, _, _, _ = regimes(V, dtype)
     g = torch.randn(x.shape).to(dtype)
