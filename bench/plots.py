@@ -77,7 +77,9 @@ def _figure(rows, kind, stem):
     _legend(figure, axes)
     one = rows[0]
     place = f"{one['device']}, {one['threads']} threads" if "cpu" in stem.name else one["device"]
-    figure.suptitle(f"{place}: {label} by vocabulary, {one['tokens']:,} tokens", fontsize=11)
+    between = ": " if len(modes) > 1 else "\n"  # one column is too narrow for it in one line
+    what = f"{label} by vocabulary, {one['tokens']:,} tokens"
+    figure.suptitle(f"{place}{between}{what}", fontsize=11)
     path = stem.with_name(f"{stem.name}-{kind}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -106,12 +106,10 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-def _spread(N: int, V: int, acc: torch.dtype, *operands_and_work, skipped=None) -> None:
+def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skipped=None) -> None:
     """work(i, j, scratch) for ranges of rows that are evenly spaced in every operand, without the
-    rows that are ``skipped`` [N]; on the CPU in several threads. Last come work and the number of
-    buffers of a scratch.
+    rows that are ``skipped`` [N]; on the CPU in several threads. A scratch has ``buffers`` tiles.
     """
-    *operands, work, buffers = operands_and_work
     device = operands[0].tensor.device
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     elements = max(1, SCRATCH // (buffers * threads))
@@ -192,7 +190,7 @@ def row_sums(
     scale = inv_temperature * LOG2E
     # Elsewhere than on the CPU, looking at a number would stall the device.
     on_cpu = device.type == "cpu"
-    spread = partial(_spread, N, V, acc, student, teacher)
+    spread = partial(_spread, (student, teacher), N, V, acc)
 
     def carefully(i, j, scratch):
         for c, e in scratch.spans:
@@ -211,8 +209,7 @@ def row_sums(
     for rows, top, at_label in ((student, 0, 6), (teacher, 4, 7)):
         logits = _whole(rows, N)[..., :V]
         sums[top] = _first_maximum(logits, label)
-        y = label.clamp_min(0).view(*logits.shape[:2], 1)
-        sums[at_label] = torch.where(label < 0, -INF, logits.gather(2, y).flatten())
+        sums[at_label] = _at_label(logits, label.view(logits.shape[:2])).flatten()
     m_s, m_t = sums[0, :, None], sums[4, :, None]
 
     labelled = bool(((label >= 0) | unread).all())
@@ -281,9 +278,10 @@ def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
 
 
 def _at_label(x: Tensor, label: Tensor) -> Tensor:
-    """x [rows, columns] at each row's label, -inf where that is no column."""
-    inside = (label >= 0) & (label < x.shape[1])
-    return torch.where(inside, x.gather(1, torch.where(inside, label, 0)[:, None])[:, 0], -INF)
+    """x [..., columns] at each row's label [...], -inf where that is no column."""
+    inside = (label >= 0) & (label < x.shape[-1])
+    column = torch.where(inside, label, 0)[..., None]
+    return torch.where(inside, x.gather(-1, column)[..., 0], -INF)
 
 
 def _sum_carefully(s, t, label, scale, buffers, teacher_support, entropy):
@@ -364,7 +362,7 @@ def row_grad(
             else:  # mul could convert, too, but takes twice as long
                 g.copy_(x.exp2_().mul_(z))
 
-    _spread(N, V, acc, student, teacher, work, 2, skipped=unread if on_cpu else None)
+    _spread((student, teacher), N, V, acc, work, 2, skipped=unread if on_cpu else None)
     fill = torch.where(zero, 0.0, nan)[:, None]
     if on_cpu:
         out[unread, :V] = fill[unread].to(out.dtype)
@@ -397,7 +395,7 @@ def softmax_forward(
             y[i:j, c:e] = p.mul_(1 / LOG2E) if log else p.exp2_()
         state[0, i:j], state[1, i:j] = m[:, 0], log2d[:, 0]
 
-    _spread(N, V, acc, logits, work, 1)
+    _spread((logits,), N, V, acc, work, 1)
     return y, state
 
 
@@ -432,5 +430,5 @@ def softmax_backward(
             out = g.sub_(p.mul_(dot)) if log else g.sub_(dot).mul_(p)
             dx[i:j, c:e] = out.mul_(inv_temperature)
 
-    _spread(N, V, state.dtype, logits, grad, work, 2)
+    _spread((logits, grad), N, V, state.dtype, work, 2)
     return dx

@@ -55,9 +55,10 @@ def gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL: tl.constexpr, OUT: t
 def grad_tiles(
     s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    TEACHER_SUPPORT: tl.constexpr, CAREFUL: tl.constexpr, UNROLL: tl.constexpr,
+    TEACHER_SUPPORT: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The tiles first ... last - 1, without ``picked`` if that is one of them."""
+    UNROLL: tl.constexpr = 1 if CAREFUL else 2
     for i in tl.range(first, last - mine.to(tl.int32), loop_unroll_factor=UNROLL):
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
@@ -131,12 +132,12 @@ def row_grad_kernel(
         if TEACHER_SUPPORT or tl.load(scalars_ptr + 6 * N) != 0.0:
             grad_tiles(
                 s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-                LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, True, 1,
+                LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, True,
             )  # fmt: skip
         else:
             grad_tiles(
                 s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-                LANES, VEC, ACC, ALIGNED, False, False, 2,
+                LANES, VEC, ACC, ALIGNED, False, False,
             )  # fmt: skip
         if mine:
             offs, mask = vectors(picked, body, skip, LANES, VEC)
