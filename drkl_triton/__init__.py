@@ -6,6 +6,7 @@ from . import reference
 from ._version import __version__
 from .algebra import RowMetrics
 from .functional import drkl, log_softmax, reverse_kl, softmax
+from .linear import linear_drkl, linear_reverse_kl
 from .modules import DRKLLoss, ReverseKLLoss
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "RowMetrics",
     "__version__",
     "drkl",
+    "linear_drkl",
+    "linear_reverse_kl",
     "log_softmax",
     "reference",
     "reverse_kl",

@@ -26,22 +26,23 @@ _TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 def logits(name: str, x: Tensor) -> None:
     """One tensor of logits, [..., V]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor [..., V], got {type(x).__name__}; convert it with "
-            "torch.as_tensor, or pass the model output's .logits"
+    _floats(name, x, "[..., V]", "convert it with torch.as_tensor, or pass the output's .logits")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must have a vocabulary of at least one column in its last dimension, got "
+            f"shape {tuple(x.shape)}; pass logits of shape [..., V]"
         )
+
+
+def _floats(name: str, x, shape: str, hint: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {shape}, got {type(x).__name__}; {hint}")
     if not torch.compiler.is_compiling():
         _plain_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; convert it "
             "with .float()"
-        )
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            f"{name} must have a vocabulary of at least one column in its last dimension, got "
-            f"shape {tuple(x.shape)}; pass logits of shape [..., V]"
         )
 
 
@@ -80,34 +81,216 @@ def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
             "student_logits and teacher_logits must have the same leading shape, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}; shift or slice both the same way"
         )
-    same_device("teacher_logits", teacher, student)
-    if teacher.requires_grad:
+    same_device("teacher_logits", teacher, student, "student_logits")
+    detached("teacher_logits", teacher)
+    sizes = student.shape[-1], teacher.shape[-1]
+    return vocabulary(*sizes, ("student_logits", "teacher_logits", "columns"), vocab_mismatch)
+
+
+def detached(name: str, x: Tensor) -> None:
+    if x.requires_grad:
         raise ValueError(
-            "teacher_logits requires grad, but gradients flow to the student alone; "
-            "compute the teacher under torch.no_grad() or pass teacher_logits.detach()"
+            f"{name} requires grad, but gradients flow to the student alone; "
+            f"compute the teacher under torch.no_grad() or pass {name}.detach()"
         )
-    V, teacher_V = student.shape[-1], teacher.shape[-1]
+
+
+def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismatch: str) -> int:
+    """The number of columns that count. names: of student and teacher, and of what they have."""
     if V != teacher_V and vocab_mismatch == "error":
+        student, teacher, what = names
         raise ValueError(
-            f"student_logits has {V} columns and teacher_logits {teacher_V}; if the first "
+            f"{student} has {V} {what} and {teacher} {teacher_V}; if the first "
             f"{min(V, teacher_V)} mean the same "
             'tokens in both, pass vocab_mismatch="truncate"'
         )
     return min(V, teacher_V)
 
 
-def same_device(name: str, x: Tensor, student: Tensor) -> None:
+# --- hidden states and output matrices ---
+
+
+def head(who: str, hidden, weight, bias, scale, softcap) -> None:
+    """A model's output layer. who: "student" or "teacher"."""
+    names = [f"{who}_{part}" for part in ("hidden", "weight", "bias", "scale", "softcap")]
+    _floats(names[0], hidden, "[..., H]", "pass the model's last hidden states")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(
+            f"{names[0]} must be [..., H] with at least one column, got shape "
+            f"{tuple(hidden.shape)}; pass what goes into the output layer"
+        )
+    matrix(names[1], weight, names[0], hidden)
+    if bias is not None:
+        _floats(names[2], bias, "[V]", "pass the output layer's .bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{names[2]} must be [V], one number a row of {names[1]} {tuple(weight.shape)}, "
+                f"got shape {tuple(bias.shape)}; pass the bias of the same layer"
+            )
+        same_device(names[2], bias, hidden, names[0])
+    _positive_number(names[3], scale, "what the model multiplies its logits with")
+    if softcap is not None:
+        _positive_number(names[4], softcap, "the cap of cap * tanh(logits / cap), or None")
+
+
+def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
+    """An output matrix [V, H] for ``hidden`` [..., H]."""
+    if isinstance(weight, torch.nn.Module):
+        raise TypeError(_module_message(name, weight))
+    if isinstance(weight, Tensor) and not torch.compiler.is_compiling():
+        if weight.numel() == 0 and weight.layout == torch.strided:
+            raise ValueError(
+                f"{name} has no elements, got shape {tuple(weight.shape)}; a matrix that ZeRO-3 or "
+                "FSDP has partitioned must be gathered first: call the loss inside deepspeed.zero."
+                "GatheredParameters([weight], ...), or inside the forward of the module that owns "
+                "it"
+            )
+        if weight.dtype not in FLOATS or weight.is_quantized:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {weight.dtype} "
+                f"({type(weight).__name__}); a quantised matrix must be dequantised first, or pass "
+                "teacher_logits if it is the teacher's"
+            )
+        if not hasattr(weight, "device_mesh") and _is_wrapper(weight):
+            raise TypeError(
+                f"{name} must be a plain tensor [V, H], got {type(weight).__name__}; a quantised "
+                "or otherwise wrapped matrix must be made dense first, with .dequantize() for "
+                "example"
+            )
+    _floats(name, weight, "[V, H]", "pass the output layer's .weight")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{name} must be [V, H] with the H of {hidden_name} {tuple(hidden.shape)}, got shape "
+            f"{tuple(weight.shape)}; pass the .weight of a Linear layer from {hidden.shape[-1]} "
+            "features, not its transpose"
+        )
+    same_device(name, weight, hidden, hidden_name)
+
+
+def _module_message(name: str, module: torch.nn.Module) -> str:
+    got = f"{name} must be a torch.Tensor [V, H], got the module {type(module).__name__}; "
+    if hasattr(module, "base_layer"):
+        return got + (
+            "an adapter (LoRA) is no matrix: merge it and pass .weight, or pass "
+            ".base_layer.weight plus its update, which keeps the adapter's gradients"
+        )
+    return got + "pass its .weight (and its .bias, if it has one)"
+
+
+def _is_wrapper(x: Tensor) -> bool:
+    """A subclass that stands for other tensors: torchao's quantised ones, for example."""
+    return hasattr(type(x), "__tensor_flatten__") and type(x) is not Tensor
+
+
+def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> torch.dtype:
+    """The dtype in which ``hidden`` and ``weight`` are multiplied, as a Linear layer would."""
+    device = hidden.device.type
+    wide = torch.float64 in (hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and not wide:
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{hidden_name} and {name} must have the same dtype outside of autocast, got "
+            f"{hidden.dtype} and {weight.dtype}; convert one, {hidden_name}.to({name}.dtype) for "
+            "example"
+        )
+    return weight.dtype
+
+
+def heads(student, teacher, teacher_logits, vocab_mismatch: str):
+    """Both output layers, (hidden, weight, bias, scale, softcap) each; returns (the number of
+    columns that count, the dtypes of the student's and of the teacher's matrix product).
+    """
+    one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
+    _teacher_is_one(*teacher, teacher_logits)
+    head("student", *student)
+    hidden, matrix = student[:2]
+    dtype = product_dtype("student_weight", matrix, "student_hidden", hidden)
+    if teacher_logits is None:
+        head("teacher", *teacher)
+        source, source_name = teacher[0], "teacher_hidden"
+        teacher_dtype = product_dtype("teacher_weight", teacher[1], source_name, source)
+        sizes = matrix.shape[0], teacher[1].shape[0]
+        names = "student_weight", "teacher_weight", "rows"
+    else:
+        logits("teacher_logits", teacher_logits)
+        source, source_name, teacher_dtype = teacher_logits, "teacher_logits", None
+        sizes = matrix.shape[0], teacher_logits.shape[-1]
+        names = "student_weight", "teacher_logits", "rows and columns"
+    if hidden.shape[:-1] != source.shape[:-1]:
+        raise ValueError(
+            f"student_hidden and {source_name} must have the same leading shape, got "
+            f"{tuple(hidden.shape)} and {tuple(source.shape)}; shift or slice both the same way"
+        )
+    same_device(source_name, source, hidden, "student_hidden")
+    theirs = ("teacher_hidden", teacher[0]), ("teacher_weight", teacher[1])
+    for name, x in (*theirs, ("teacher_bias", teacher[2]), ("teacher_logits", teacher_logits)):
+        if x is not None:
+            detached(name, x)
+    return vocabulary(*sizes, names, vocab_mismatch), dtype, teacher_dtype
+
+
+def _teacher_is_one(hidden, weight, bias, scale, softcap, logits) -> None:
+    """That the teacher comes either as hidden states and matrix, or as logits."""
+    if logits is None:
+        if hidden is None or weight is None:
+            raise TypeError(
+                "the teacher must be given as teacher_hidden [..., H] and teacher_weight [V, H], "
+                "or as teacher_logits [..., V], got "
+                + ("none of them" if hidden is weight else "one of the first two")
+                + "; pass both of the first, or the last"
+            )
+        return
+    if hidden is not None or weight is not None:
+        raise TypeError(
+            "the teacher must be given as teacher_hidden and teacher_weight, or as "
+            "teacher_logits, got both; leave one out"
+        )
+    if bias is not None or scale != 1.0 or softcap is not None:
+        raise ValueError(
+            "teacher_bias, teacher_scale and teacher_softcap belong to teacher_hidden, got "
+            "teacher_logits, which are taken as they are; apply them to the logits before"
+        )
+
+
+def linear_options(*, chunk_bytes, recompute) -> None:
+    """The options of the losses from hidden states alone."""
+    if chunk_bytes is not None:
+        integer("chunk_bytes", chunk_bytes)
+        if chunk_bytes < 1:
+            raise ValueError(
+                f"chunk_bytes must be positive, got {chunk_bytes}; pass the bytes that a slice of "
+                "both models' logits may take, or None"
+            )
+    flag("recompute", recompute)
+
+
+def _positive_number(name: str, value, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be a number ({what}), got {type(value).__name__}; pass a float"
+        )
+    if not 1e-37 <= value <= 1e37:
+        raise ValueError(
+            f"{name} must be positive, from 1e-37 to 1e37 ({what}), got {value!r}; pass a float"
+        )
+
+
+# --- all losses ---
+
+
+def same_device(name: str, x: Tensor, student: Tensor, of: str) -> None:
     if x.device != student.device:
         raise ValueError(
-            f"{name} must be on the device of student_logits, {student.device}, got {x.device}; "
-            f"move it with .to(student_logits.device)"
+            f"{name} must be on the device of {of}, {student.device}, got {x.device}; "
+            f"move it with .to({of}.device)"
         )
 
 
 def row_tensor(
-    name: str, x: Tensor, student: Tensor, dtypes: tuple[torch.dtype, ...] | None, what: str
+    name: str, x: Tensor, student: Tensor, of: str, dtypes: tuple | None, what: str
 ) -> None:
-    """labels or weight: one value a row."""
+    """labels or weight: one value a row of the student's tensor, which is called ``of``."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor of {what}, got {type(x).__name__}; convert it with "
@@ -118,21 +301,29 @@ def row_tensor(
         raise TypeError(f"{name} must be {what}, got {x.dtype}; convert it with .to()")
     if x.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name} must have the leading shape of student_logits, {tuple(student.shape[:-1])}, "
+            f"{name} must have the leading shape of {of}, {tuple(student.shape[:-1])}, "
             f"got {tuple(x.shape)}; "
             "give one value per token"
         )
-    same_device(name, x, student)
+    same_device(name, x, student, of)
 
 
-def labels(x: Tensor | None, student: Tensor) -> None:
-    if x is not None:
-        row_tensor("labels", x, student, (torch.int64, torch.int32), "int64 (or int32)")
+def labels_given(function: str, labels: Tensor | None) -> None:
+    if labels is None:
+        raise TypeError(
+            f"{function} needs labels [...] (the target column of each row), got None; "
+            f"{function.replace('drkl', 'reverse_kl')} works without"
+        )
 
 
-def weight(x: Tensor | None, student: Tensor) -> None:
-    if x is not None:
-        row_tensor("weight", x, student, None, "real numbers")
+def rows(labels: Tensor | None, weight: Tensor | None, shift: bool, student: Tensor, of: str):
+    """What there is one of a token."""
+    if labels is not None:
+        row_tensor("labels", labels, student, of, (torch.int64, torch.int32), "int64 (or int32)")
+    if weight is not None:
+        row_tensor("weight", weight, student, of, None, "real numbers")
+    if shift:
+        shift_shape(student, of)
 
 
 def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
@@ -199,12 +390,12 @@ def denominator(num_items: float | Tensor | None, reduction: str) -> None:
         )
 
 
-def shift_shape(student: Tensor) -> None:
+def shift_shape(student: Tensor, of: str) -> None:
     if student.dim() < 3:
         raise ValueError(
-            f"shift=True needs [B, T, V] logits, got shape {tuple(student.shape)}: flattened rows "
+            f"shift=True needs [B, T, ...] {of}, got shape {tuple(student.shape)}: flattened rows "
             "would be scored with the "
-            "next sequence's first label; pass the unflattened tensors (logits[None] for one "
+            f"next sequence's first label; pass the unflattened tensors ({of}[None] for one "
             "sequence)"
         )
 
@@ -212,7 +403,7 @@ def shift_shape(student: Tensor) -> None:
 def divergence_options(
     *, reduction, support, backend, ignore_index, shift, return_metrics, temperature, num_items
 ) -> None:
-    """The options that reverse_kl, drkl and their modules share."""
+    """The options that all divergences and their modules share."""
     one_of("reduction", reduction, REDUCTIONS)
     one_of("support", support, ("full", "teacher"))
     one_of("backend", backend, BACKENDS)

@@ -19,9 +19,9 @@ class Rows:
 
     @staticmethod
     def like(tensor: torch.Tensor) -> Rows:
-        """The rows of a contiguous ``tensor`` [N, columns]."""
-        N, columns = tensor.shape
-        return Rows(tensor, max(1, N), (0, columns if N > 1 else 0))
+        """The rows of ``tensor`` [N, columns], whose columns are dense."""
+        N = tensor.shape[0]
+        return Rows(tensor, max(1, N), (0, tensor.stride(0) if N > 1 else 0))
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:

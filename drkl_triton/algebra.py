@@ -55,6 +55,12 @@ class RowMetrics(NamedTuple):
     teacher_target_prob: Tensor | None  #: * p_y
     student_entropy: Tensor  #: -sum q log q
 
+    @classmethod
+    def of(cls, *fields: Tensor, shape: torch.Size) -> RowMetrics:
+        """From what :func:`losses` returns, [N] each."""
+        loss, *rest = (x.detach().view(shape) for x in fields)
+        return cls(loss, *[None] * (5 - len(rest)), *rest)
+
 
 class _Row(NamedTuple):
     """What loss and gradient share."""

@@ -4,12 +4,12 @@ from the logits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import algebra, backends
+from . import _reduction, algebra, backends
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -114,3 +114,130 @@ class SoftmaxFunction(torch.autograd.Function):
                 )
             dlogits = _first_order(dlogits, logits, grad)
         return dlogits, None, None, None
+
+
+class LinearFunction(torch.autograd.Function):
+    """Per-row losses from hidden states: (loss [N], *metrics [N]). Backward makes the logits again.
+
+    ``numbers``, here and below: what the op takes besides tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        teacher_logits: Tensor | None,
+        label: Tensor,
+        inv_temperature: Tensor,
+        gamma: Tensor | None,
+        numbers: LinearNumbers,
+    ):
+        student = (student_hidden, student_weight, student_bias)
+        teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+        rows = (label, inv_temperature, gamma)
+        sums, *_ = _linear(student, teacher, rows, None, None, numbers)
+        out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
+        # tensors from torch.inference_mode() cannot be saved in the graph, and need no watching
+        ctx.inference_teacher = None
+        if not torch.compiler.is_compiling():
+            if any(x is not None and x.is_inference() for x in teacher):
+                ctx.inference_teacher, teacher = teacher, (None,) * 4
+        ctx.save_for_backward(*student, *teacher, *rows, sums)
+        ctx.numbers = numbers
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
+        saved = ctx.saved_tensors
+        student, teacher, rows, sums = saved[:3], saved[3:7], saved[7:10], saved[10]
+        if ctx.inference_teacher is not None:
+            teacher = ctx.inference_teacher
+        with torch.no_grad():
+            upstream = grad_loss.to(sums.dtype)
+            _, *grads = _linear(student, teacher, rows, upstream, sums, ctx.numbers)
+            grads = [
+                g.to(x.dtype) if want else None
+                for g, x, want in zip(grads, student, ctx.numbers.wanted, strict=True)
+            ]
+        grads = [None if g is None else _first_order(g, *student[:2], grad_loss) for g in grads]
+        return *grads, *[None] * 8
+
+
+class LinearMeanFunction(torch.autograd.Function):
+    """The reduced loss from hidden states, with the gradients made in forward: (reduced, loss [N],
+    *metrics [N]), of which the first has a gradient. Arguments as above, and those of
+    ``_reduction.reduce`` and its derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        teacher_logits: Tensor | None,
+        label: Tensor,
+        inv_temperature: Tensor,
+        gamma: Tensor | None,
+        weights: Tensor | None,
+        denominator: Tensor | None,
+        upstream: Tensor,
+        numbers: LinearNumbers,
+    ):
+        student = (student_hidden, student_weight, student_bias)
+        teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+        rows = (label, inv_temperature, gamma)
+        sums, *grads = _linear(student, teacher, rows, upstream, None, numbers)
+        out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
+        # "mean" without a denominator is the sum
+        reduced = _reduction.reduce(out[0], weights, denominator, "mean")
+        ctx.save_for_backward(*grads, student_hidden, student_weight)
+        ctx.dtypes = [None if x is None else x.dtype for x in student]
+        ctx.numbers = numbers
+        ctx.mark_non_differentiable(*out)
+        return reduced, *out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor):
+        *grads, hidden, weight = ctx.saved_tensors
+        with torch.no_grad():
+            grads = [
+                backends.scaled(g, grad.to(g.dtype), dtype) if want else None
+                for g, dtype, want in zip(grads, ctx.dtypes, ctx.numbers.wanted, strict=True)
+            ]
+        grads = [None if g is None else _first_order(g, hidden, weight, grad) for g in grads]
+        return *grads, *[None] * 11
+
+
+class LinearNumbers(NamedTuple):
+    """What the losses from hidden states depend on besides tensors."""
+
+    student: tuple[float, float | None, torch.dtype]  # scale, softcap, dtype of the product
+    teacher: tuple[float, float | None, torch.dtype | None]
+    V: int
+    labelled: bool
+    teacher_support: bool
+    metrics: bool
+    wanted: tuple[bool, bool, bool]
+    may_skip: bool
+    chunk_bytes: int | None
+    backend: str
+
+
+def _linear(student, teacher, rows, upstream, sums, numbers):
+    teacher_head, teacher_logits = teacher[:3], teacher[3]
+    return backends.linear(
+        *(*student, *numbers.student, *teacher_head, *numbers.teacher, teacher_logits),
+        *(*rows, upstream, sums),
+        *(numbers.V, numbers.labelled, numbers.teacher_support, numbers.metrics),
+        *(list(numbers.wanted), numbers.may_skip, numbers.chunk_bytes, numbers.backend),
+    )

@@ -10,7 +10,7 @@ torch.compile traces nothing in this file: Dynamo skips every path with "triton/
 
 import torch
 
-from . import tiled
+from . import slices, tiled
 from ._layout import rows_of
 from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
 
@@ -159,3 +159,93 @@ def softmax_backward(logits, grad, inv_temperature, state, log, backend):
 @softmax_backward.register_fake
 def _(logits, grad, inv_temperature, state, log, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op(
+    "drkl_triton::linear",
+    mutates_args=(),
+    schema="(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    "float student_scale, float? student_softcap, ScalarType student_dtype, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "float teacher_scale, float? teacher_softcap, ScalarType? teacher_dtype, "
+    "Tensor? teacher_logits, Tensor label, Tensor inv_temperature, Tensor? gamma, "
+    "Tensor? upstream, Tensor? sums, SymInt V, bool labelled, bool teacher_support, bool entropy, "
+    "bool[] wanted, bool may_skip, SymInt? chunk_bytes, str backend) -> Tensor[]",
+)
+def linear(
+    student_hidden, student_weight, student_bias, student_scale, student_softcap, student_dtype,
+    teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, teacher_dtype,
+    teacher_logits, label, inv_temperature, gamma, upstream, sums, V, labelled, teacher_support,
+    entropy, wanted, may_skip, chunk_bytes, backend,
+):  # fmt: skip
+    """[sums [9, N], d hidden, d weight, d bias] (slices.walk), in the accumulator's dtype; with
+    ``sums`` given the first, and what is not ``wanted`` of the others, has no elements.
+
+    The dtypes are those of the matrix products: autocast's, where it is on.
+    """
+
+    def head(hidden, weight, bias, scale, softcap, dtype):
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return slices.Head(hidden.to(dtype), weight.to(dtype), bias, scale, softcap)
+
+    teacher = teacher_logits
+    if teacher is None:
+        teacher = head(
+            teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap,
+            teacher_dtype,
+        )  # fmt: skip
+    with torch.autocast(label.device.type, enabled=False):
+        found, dhidden, *others = slices.walk(
+            slices.Loss(
+                _implementation(backend), inv_temperature, gamma, V, labelled, teacher_support,
+                entropy,
+            ),
+            head(
+                student_hidden, student_weight, student_bias, student_scale, student_softcap,
+                student_dtype,
+            ),
+            teacher,
+            label,
+            upstream,
+            sums,
+            slices.Wanted(*wanted),
+            may_skip,
+            chunk_bytes or slices.default_chunk_bytes(label.device),
+        )  # fmt: skip
+    nothing = inv_temperature.new_empty(0)
+    if dhidden is not None:
+        dhidden = dhidden.view(student_hidden.shape)
+    out = [None if sums is not None else found, dhidden, *others]
+    return [nothing.clone() if x is None else x for x in out]
+
+
+@linear.register_fake
+def _(
+    student_hidden, student_weight, student_bias, student_scale, student_softcap, student_dtype,
+    teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, teacher_dtype,
+    teacher_logits, label, inv_temperature, gamma, upstream, sums, V, labelled, teacher_support,
+    entropy, wanted, may_skip, chunk_bytes, backend,
+):  # fmt: skip
+    shapes = [
+        (SUMS, label.numel()) if sums is None else (0,),
+        *(
+            x.shape if want and upstream is not None else (0,)
+            for x, want in zip((student_hidden, student_weight, student_bias), wanted, strict=True)
+        ),
+    ]
+    return [inv_temperature.new_empty(shape) for shape in shapes]
+
+
+@torch.library.custom_op(
+    "drkl_triton::scaled",
+    mutates_args=(),
+    schema="(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
+)
+def scaled(x, factor, dtype):
+    """x * factor (slices.py)."""
+    return slices.scaled(x, factor, dtype)
+
+
+@scaled.register_fake
+def _(x, factor, dtype):
+    return torch.empty_like(x, dtype=dtype)

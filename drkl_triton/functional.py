@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, backends
-from .algebra import IGNORED, RowMetrics
+from . import _checks, _reduction, backends
+from .algebra import RowMetrics
 from .autograd import DivergenceFunction, SoftmaxFunction
 
 __all__ = ["drkl", "log_softmax", "reverse_kl", "softmax"]
@@ -60,7 +60,8 @@ def _softmax(logits: Tensor, temperature: float | Tensor, backend: str, log: boo
     _checks.one_of("backend", backend, _checks.BACKENDS)
     backend = _checks.backend(backend, logits)
     acc = torch.promote_types(logits.dtype, torch.float32)
-    return SoftmaxFunction.apply(logits, _inverse(temperature, logits.device, acc), log, backend)
+    inv_temperature = _reduction.inverse(temperature, logits.device, acc)
+    return SoftmaxFunction.apply(logits, inv_temperature, log, backend)
 
 
 def reverse_kl(
@@ -187,12 +188,8 @@ def drkl(
     student is -inf at the label, the loss is ``-log(1 - p_y) + gamma N``; where it is finite at the
     label only, ``-log p_y``, with gradient 0.
     """
+    _checks.labels_given("drkl", labels)
     _checks.positive("gamma", gamma)
-    if labels is None:
-        raise TypeError(
-            "drkl needs labels [...] (the target column of each row), got None; "
-            "reverse_kl works without"
-        )
     return _divergence(
         gamma,
         student_logits,
@@ -218,15 +215,12 @@ def _divergence(
     V = _checks.logits_pair(student, teacher, vocab_mismatch)
     _checks.divergence_options(ignore_index=ignore_index, num_items=num_items, **options)
     reduction, shift, metrics = options["reduction"], options["shift"], options["return_metrics"]
-    _checks.labels(labels, student)
-    _checks.weight(weight, student)
-    if shift:
-        _checks.shift_shape(student)
+    _checks.rows(labels, weight, shift, student, "student_logits")
     backend = _checks.backend(options["backend"], student)
 
     acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    inv_temperature = _inverse(options["temperature"], student.device, acc)
-    gamma = None if gamma is None else _scalar(gamma, acc, student.device)
+    inv_temperature = _reduction.inverse(options["temperature"], student.device, acc)
+    gamma = None if gamma is None else _reduction.scalar(gamma, acc, student.device)
     weight = None if weight is None else weight.detach()
     codes = backends.row_labels(
         student.detach(), labels, weight, ignore_index, V, shift, gamma is not None
@@ -245,54 +239,6 @@ def _divergence(
     )
 
     shape = student.shape[:-1]
-    loss = _reduce(rows.view(shape), codes, weight, reduction, num_items, shift)
-    if not metrics:
-        return loss
-    fields = [x.view(shape) for x in (rows.detach(), *fields)]
-    if labels is None:
-        fields[1:1] = [None] * 4
-    return loss, RowMetrics(*fields)
-
-
-def _reduce(
-    loss: Tensor,
-    codes: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    num_items: float | Tensor | None,
-    shift: bool,
-) -> Tensor:
-    counted = codes != IGNORED
-    if weight is not None:
-        if shift:
-            weight = torch.cat([weight[..., 1:], torch.zeros_like(weight[..., :1])], dim=-1)
-        weight = torch.where(counted, weight.to(loss.dtype), 0.0)
-        loss = loss * weight
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    if num_items is not None:
-        denominator = _scalar(num_items, loss.dtype, loss.device)
-    else:
-        denominator = (counted if weight is None else weight).sum(dtype=loss.dtype)
-    nothing = denominator == 0
-    return torch.where(nothing, 0.0, total / torch.where(nothing, 1.0, denominator))
-
-
-def _inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1 / temperature, 0-dim."""
-    if isinstance(temperature, Tensor):
-        return _scalar(temperature, dtype, device).reciprocal()
-    return _scalar(1.0 / temperature, dtype, device)
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-dim tensor on the device. Filling memory there, unlike copying a number to it, waits for
-    nothing.
-    """
-    if isinstance(value, Tensor):
-        # towards the CPU a copy that does not wait could be read before it has arrived
-        return value.detach().to(device, dtype, non_blocking=device.type != "cpu")
-    return torch.full((), float(value), dtype=dtype, device=device)
+    weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, rows.dtype)
+    loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)
+    return (loss, RowMetrics.of(rows, *fields, shape=shape)) if metrics else loss

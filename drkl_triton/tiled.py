@@ -320,11 +320,16 @@ def row_grad(
     V: int,
     *,
     teacher_support: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient [N, columns of the student] from the table of scalars (kernels/row_grad.py)."""
+    """The gradient [N, columns of the student] from the table of scalars (kernels/row_grad.py).
+
+    ``out``: where to write it; the logits of either side, of the accumulator's dtype, may be there.
+    """
     N, columns, acc = label.numel(), student.tensor.shape[-1], inv_temperature.dtype
     on_cpu = label.device.type == "cpu"
-    out = new_output((N, columns), student.tensor.dtype, label.device)
+    if out is None:
+        out = new_output((N, columns), student.tensor.dtype, label.device)
     out[:, V:].zero_()
     m_s, m_t, shift, w1, w0, at_label, care = scalars[:, :, None].unbind(0)
     zero = shift[:, 0] == INF

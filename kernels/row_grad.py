@@ -162,13 +162,27 @@ def row_grad_kernel(
 
 
 def row_grad(
-    student, teacher, label, inv_temperature, scalars, V, *, teacher_support=False, splits=None
+    student,
+    teacher,
+    label,
+    inv_temperature,
+    scalars,
+    V,
+    *,
+    teacher_support=False,
+    out=None,
+    splits=None,
 ):
     """Launch the gradient. student, teacher: rows; scalars [7, N]. Returns [N, columns of student]
     in the student's dtype.
+
+    out: where to write it instead, in its own dtype. The logits of either side may be there, if
+    they have that dtype: each element is read and written by the same program, in this order.
     """
     N, columns = label.numel(), student.tensor.shape[-1]
-    dstudent = launch.new_output((N, columns), student.tensor.dtype, label.device)
+    dstudent = out
+    if dstudent is None:
+        dstudent = launch.new_output((N, columns), student.tensor.dtype, label.device)
     if N == 0:
         return dstudent
     dstudent[:, V:].zero_()  # truncated columns
@@ -177,7 +191,7 @@ def row_grad(
     with launch.on_device(label.device):
         row_grad_kernel[(N, tile.splits)](
             student.tensor, teacher.tensor, label, inv_temperature, scalars, dstudent,
-            *student.strides, *teacher.strides, columns, student.inner, teacher.inner, V,
+            *student.strides, *teacher.strides, dstudent.stride(0), student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, num_warps=tile.num_warps,
             ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned,
             TEACHER_SUPPORT=teacher_support,

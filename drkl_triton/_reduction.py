@@ -1,0 +1,76 @@
+"""From the losses of rows to the number that is returned, and the scalars that the options become.
+
+reduced = sum_i weights_i loss_i / denominator        "mean"
+        = sum_i weights_i loss_i                      "sum" (denominator None)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .algebra import IGNORED
+
+
+def parts(
+    codes: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+    shift: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(weights [...], denominator 0-dim) of the formula above; weights None: 1 for every row, as
+    the rows that are ignored have loss 0.
+    """
+    counted = codes != IGNORED
+    if weight is not None:
+        if shift:
+            weight = torch.cat([weight[..., 1:], torch.zeros_like(weight[..., :1])], dim=-1)
+        weight = torch.where(counted, weight.to(dtype), 0.0)
+    if reduction != "mean":
+        return weight, None
+    if num_items is not None:
+        return weight, scalar(num_items, dtype, codes.device)
+    return weight, (counted if weight is None else weight).sum(dtype=dtype)
+
+
+def reduce(
+    loss: Tensor, weights: Tensor | None, denominator: Tensor | None, reduction: str
+) -> Tensor:
+    if weights is not None:
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if denominator is None else _divide(total, denominator)
+
+
+def derivative(
+    codes: Tensor, weights: Tensor | None, denominator: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What ``reduce`` multiplies each row's loss with, [...]."""
+    weights = (codes != IGNORED).to(dtype) if weights is None else weights
+    return weights if denominator is None else _divide(weights, denominator)
+
+
+def _divide(x: Tensor, denominator: Tensor) -> Tensor:
+    nothing = denominator == 0
+    return torch.where(nothing, 0.0, x / torch.where(nothing, 1.0, denominator))
+
+
+def inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1 / temperature, 0-dim."""
+    if isinstance(temperature, Tensor):
+        return scalar(temperature, dtype, device).reciprocal()
+    return scalar(1.0 / temperature, dtype, device)
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor on the device. Filling memory there, unlike copying a number to it, waits for
+    nothing.
+    """
+    if isinstance(value, Tensor):
+        # towards the CPU a copy that does not wait could be read before it has arrived
+        return value.detach().to(device, dtype, non_blocking=device.type != "cpu")
+    return torch.full((), float(value), dtype=dtype, device=device)

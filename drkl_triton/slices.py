@@ -1,0 +1,376 @@
+"""The losses from hidden states: a slice of the logits at a time, between library matrix products.
+
+    logits     S = hidden @ weight.T, of both models     for some rows; then bias, scale, softcap
+    sums       row_sums(S, T)                            what the losses are made of
+    gradient   row_grad(S, T), over S itself             where one is wanted
+    products   d hidden = G @ weight,  d weight += G.T @ hidden
+
+The launchers and the algebra are those of the losses from logits. Rows that are ignored are left
+out before the first product.
+
+Where the library multiplies 16-bit matrices into float32 (CUDA), the gradient is rounded once, to
+the 16 bits of the weight, into a matrix G of several slices, a *group*: d weight [V, H] is read and
+written once a group. Elsewhere 16-bit matrices are converted some columns at a time, the gradient
+stays in float32 where it is, over S, and a group is one slice.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import algebra, tiled
+from ._layout import rows_of
+from .algebra import IGNORED
+
+MB = 1 << 20
+# What both models' slices take by default: this, or on a GPU a quarter of its free memory, if that
+# is more, up to the second number. A power of two, so that a little more or less free memory does
+# not change the slices, and with them the last bits of the result.
+CHUNK_BYTES, MAX_CHUNK_BYTES = 256 * MB, 2048 * MB
+# Slices of a group where the gradient has a matrix of its own.
+SLICES = 4
+# Rows of a buffer are multiples of this long, whatever V is: every row starts at 128 bytes, for
+# 16-byte loads, and matrix libraries like it.
+COLUMNS = 64
+# Elements of a matrix that are converted at a time: 16 MB in float32.
+CONVERTED = 4 << 20
+# The largest coefficient of a row's gradient in float16. What is 1e-10 of it vanishes; what exceeds
+# it 255 times (a log-ratio of 255 nats) overflows.
+FLOAT16_SCALE = 8  # as a power of two
+
+
+class Head(NamedTuple):
+    """A model's output layer: logits = softcap(scale * (hidden @ weight.T + bias))."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H], or of more rows than V; the dtype of hidden
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """Those of some rows of ``hidden``, written to ``out`` [rows, V]."""
+        V = out.shape[1]
+        multiply(hidden, self.weight[:V].t(), out)
+        if self.bias is not None:
+            out.add_(self.bias[:V])
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+class Loss(NamedTuple):
+    """A divergence of rows of logits."""
+
+    launchers: object  # the module of a backend
+    inv_temperature: Tensor
+    gamma: Tensor | None
+    V: int
+    labelled: bool
+    teacher_support: bool
+    entropy: bool
+
+    def sums(self, s: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return self.launchers.row_sums(
+            rows_of(s),
+            rows_of(t),
+            label,
+            self.inv_temperature,
+            self.V,
+            teacher_support=self.teacher_support,
+            entropy=self.entropy,
+        )
+
+    def gradient(
+        self, s: Tensor, t: Tensor, label: Tensor, sums: Tensor, upstream: Tensor, out: Tensor
+    ) -> None:
+        scalars = algebra.gradient_scalars(
+            sums, label, self.inv_temperature, self.gamma, self.labelled, upstream
+        )
+        self.launchers.row_grad(
+            rows_of(s),
+            rows_of(t),
+            label,
+            self.inv_temperature,
+            scalars.contiguous(),
+            self.V,
+            teacher_support=self.teacher_support,
+            out=out,
+        )
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the student's head are."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@lru_cache(maxsize=32)
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library takes 16-bit matrices and returns the sums in float32. Asked by trying:
+    it depends on device and version.
+    """
+    x, out = (torch.zeros((16, 16), dtype=d, device=device) for d in (dtype, torch.float32))
+    try:
+        torch.mm(x, x, out_dtype=torch.float32, out=out)
+        torch.addmm(out, x, x, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, summed in the dtype of ``out``."""
+    acc = out.dtype
+    if a.dtype == b.dtype == acc:
+        if add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif acc == torch.float32 and a.dtype == b.dtype and multiplies_into_float32(a.device, a.dtype):
+        if add:
+            torch.addmm(out, a, b, out_dtype=acc, out=out)
+        else:
+            torch.mm(a, b, out_dtype=acc, out=out)
+    else:
+        _multiply_converted(a, b, out, add)
+
+
+def _multiply_converted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """Converts the operands along the longest dimension (the vocabulary) a part at a time."""
+    acc, (M, K), N = out.dtype, a.shape, b.shape[1]
+    _, middle, longest = sorted((M, K, N))
+    step = max(1, CONVERTED // max(1, middle))
+    for c in range(0, longest, step):
+        part = slice(c, c + step)
+        if longest == N:
+            multiply(a.to(acc), b[:, part].to(acc), out[:, part], add)
+        elif longest == M:
+            multiply(a[part].to(acc), b.to(acc), out[part], add)
+        else:
+            multiply(a[:, part].to(acc), b[part].to(acc), out, add or c > 0)
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    quarter = 1 << max(0, (free // 4).bit_length() - 1)
+    return min(max(quarter, CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+
+class _Rows:
+    """The rows that count: all, or those at the indices ``chosen``."""
+
+    def __init__(self, label: Tensor, may_skip: bool):
+        self.total, self.chosen = label.numel(), None
+        if may_skip:  # looking waits for the device, here and nowhere else
+            chosen = (label != IGNORED).nonzero()[:, 0]
+            self.chosen = chosen if chosen.numel() < self.total else None
+        self.count = self.total if self.chosen is None else self.chosen.numel()
+
+    def take(self, x: Tensor, i: int, j: int) -> Tensor:
+        """Rows i ... j - 1 of those that count; a view, if all do."""
+        return x[i:j] if self.chosen is None else x[self.chosen[i:j]]
+
+
+class _GivenLogits:
+    """The teacher's logits [..., V] where the caller has them. All rows in a row are read in place;
+    chosen ones, and those of a tensor that is no matrix, are copied a slice at a time.
+    """
+
+    def __init__(self, logits: Tensor, V: int, rows: _Rows):
+        self.logits, self.rows = logits[..., :V], rows
+        layout = rows_of(self.logits)
+        if layout.tensor is self.logits and layout.inner >= rows.total:
+            place = (layout.strides[1], 1), self.logits.storage_offset()
+            self.logits = self.logits.as_strided((rows.total, V), *place)
+        self.in_place = self.logits.dim() == 2 and rows.chosen is None
+        self.itemsize = 0 if self.in_place else logits.element_size()  # of a slice's copy
+
+    def slice(self, i: int, j: int) -> Tensor:
+        if self.in_place:
+            return self.logits[i:j]
+        index = self.rows.take(torch.arange(self.rows.total, device=self.logits.device), i, j)
+        return self.logits[torch.unravel_index(index, self.logits.shape[:-1])]
+
+
+class _ModelLogits:
+    """The teacher's logits where its head makes them."""
+
+    def __init__(self, head: Head, rows: _Rows):
+        self.head, self.rows, self.buffer = head, rows, None
+
+    def slice(self, i: int, j: int) -> Tensor:
+        t = self.buffer[: j - i]
+        self.head.logits(self.rows.take(self.head.hidden, i, j), t)
+        return t
+
+
+class _Gradients:
+    """Of the student's head, summed over the groups."""
+
+    def __init__(self, student: Head, wanted: Wanted, rows: _Rows, V: int, acc: torch.dtype):
+        self.student, self.rows, self.V = student, rows, V
+        columns, H = student.weight.shape
+        device = student.hidden.device
+        self.hidden = self.weight = self.bias = None
+        if wanted.hidden:
+            self.hidden = tiled.new_output((rows.total, H), acc, device)
+            if rows.count < rows.total:
+                self.hidden.zero_()
+        if wanted.weight:
+            self.weight = tiled.new_output((columns, H), acc, device)
+            self.weight[V if rows.count else 0 :].zero_()
+        if wanted.bias:
+            self.bias = torch.zeros(columns, dtype=acc, device=device)
+
+    def add(self, G: Tensor, i: int, j: int) -> None:
+        """G [j - i, V]: the gradient of hidden @ weight.T + bias in rows i ... j - 1."""
+        V, chosen = self.V, self.rows.chosen
+        if self.hidden is not None:
+            part = self.hidden[i:j]
+            if chosen is not None:
+                part = torch.empty_like(part)
+            multiply(G, self.student.weight[:V], part)
+            if chosen is not None:
+                self.hidden[chosen[i:j]] = part
+        if self.weight is not None:
+            hidden = self.rows.take(self.student.hidden, i, j)
+            multiply(G.t(), hidden, self.weight[:V], add=i > 0)
+        if self.bias is not None:
+            self.bias[:V] += G.sum(0, dtype=self.bias.dtype)
+
+    def scale(self, factor: Tensor) -> None:
+        for x in (self.hidden, self.weight, self.bias):
+            if x is not None:
+                x.mul_(factor)
+
+
+def plan(count: int, slice_bytes: int, group_bytes: int, chunk_bytes: int) -> tuple[int, int]:
+    """(rows of a group, rows of a slice), both at least 1, of ``count`` rows, when a row takes
+    ``slice_bytes`` in a slice's buffers and ``group_bytes`` in a group's (0: a group is a slice).
+    """
+    slices = SLICES if group_bytes else 1
+    fit = slices * max(1, chunk_bytes // (slice_bytes + slices * group_bytes))
+    groups = max(1, -(-count // fit))
+    group = max(1, -(-count // groups))  # evenly: the last one is as large as the others
+    return group, -(-group // slices)
+
+
+def walk(
+    loss: Loss,
+    student: Head,
+    teacher: Head | Tensor,
+    label: Tensor,
+    upstream: Tensor | None,
+    sums: Tensor | None,
+    wanted: Wanted,
+    may_skip: bool,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(sums [9, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
+
+    teacher: its head, or its logits [..., V]. label int64 [N]. upstream [N]: the gradient of each
+    row's loss; None: no gradient is wanted. sums: those of an earlier call, or None. may_skip:
+    whether rows may be ignored, so that it must be looked which are.
+    """
+    acc, device, V = loss.inv_temperature.dtype, label.device, loss.V
+    rows = _Rows(label, may_skip)
+    if isinstance(teacher, Tensor):
+        theirs = _GivenLogits(teacher, V, rows)
+        itemsize = theirs.itemsize
+    else:
+        theirs, itemsize = _ModelLogits(teacher, rows), acc.itemsize
+    dtype = student.weight.dtype
+    narrow = upstream is not None and dtype.itemsize == 2 and acc == torch.float32
+    narrow = narrow and multiplies_into_float32(device, dtype)
+    # The derivative of a softcap needs the student's logits after the gradient is written; so that
+    # goes over the teacher's, or where those are the caller's, into a buffer of its own.
+    capped = upstream is not None and student.softcap is not None
+    extra = capped and isinstance(theirs, _GivenLogits)
+
+    columns = -(-V // COLUMNS) * COLUMNS
+    slice_bytes = columns * (acc.itemsize * (1 + extra) + itemsize)
+    group_bytes = columns * dtype.itemsize if narrow else 0
+    group, height = plan(rows.count, slice_bytes, group_bytes, chunk_bytes)
+
+    def buffer(height: int, dtype: torch.dtype = acc) -> Tensor:
+        return tiled.new_output((height, columns), dtype, device)[:, :V]
+
+    S = buffer(height)
+    if isinstance(theirs, _ModelLogits):
+        theirs.buffer = buffer(height)
+    over = S if not capped else buffer(height) if extra else theirs.buffer
+    G = buffer(group, dtype) if narrow else S
+
+    label = rows.take(label, 0, rows.count)
+    if sums is not None:
+        table = sums if rows.chosen is None else sums[:, rows.chosen]
+    else:
+        table = torch.empty((algebra.SUMS, rows.count), dtype=acc, device=device)
+    if upstream is not None:
+        gradients = _Gradients(student, wanted, rows, V, acc)
+        upstream = rows.take(upstream, 0, rows.count) * student.scale
+        scale = _float16_scale(upstream) if narrow and dtype == torch.float16 else None
+        if scale is not None:
+            upstream = upstream * scale
+
+    for i in range(0, rows.count, group):
+        j = min(rows.count, i + group)
+        for k in range(i, j, height):
+            e = min(j, k + height)
+            s, y = S[: e - k], label[k:e]
+            student.logits(rows.take(student.hidden, k, e), s)
+            t = theirs.slice(k, e)
+            if sums is None:
+                table[:, k:e] = loss.sums(s, t, y)
+            if upstream is not None:
+                g = G[k - i : e - i]
+                out = over[: e - k] if capped else g
+                loss.gradient(s, t, y, table[:, k:e], upstream[k:e], out)
+                if capped:  # d softcap(z) / dz = 1 - (s / softcap)^2
+                    s.div_(student.softcap).square_().neg_().add_(1.0).mul_(out)
+                    if narrow:
+                        g.copy_(s)
+        if upstream is not None:
+            gradients.add(G[: j - i], i, j)
+
+    if sums is None:
+        sums = table
+        if rows.chosen is not None:
+            sums = torch.zeros((algebra.SUMS, rows.total), dtype=acc, device=device)
+            sums[:, rows.chosen] = table
+    if upstream is None:
+        return sums, None, None, None
+    if scale is not None:
+        gradients.scale(1 / scale)
+    return sums, gradients.hidden, gradients.weight, gradients.bias
+
+
+def _float16_scale(upstream: Tensor) -> Tensor:
+    """The power of two that brings the largest of ``upstream`` to FLOAT16_SCALE: divided by the
+    number of tokens, a gradient of 1 / V would be 0 in float16.
+    """
+    if upstream.numel() == 0:
+        return upstream.new_ones(())
+    top = upstream.abs().amax()
+    top = torch.where((top > 0) & top.isfinite(), top, 1.0)
+    return torch.exp2((FLOAT16_SCALE - top.log2().ceil()).clamp(-120, 120))
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor (0-dim), rounded once, to ``dtype``; a factor of 0 makes 0 of whatever x holds."""
+    out = tiled.new_output(x.shape, dtype, x.device)
+    height = max(1, CONVERTED // max(1, x[:1].numel()))
+    for part, result in zip(x.split(height), out.split(height), strict=True):
+        result.copy_((part * factor).masked_fill_(factor == 0, 0.0))
+    return out
