@@ -36,8 +36,9 @@ SLICES = 4
 # Rows of a buffer are multiples of this long, whatever V is: every row starts at 128 bytes, for
 # 16-byte loads, and matrix libraries like it.
 COLUMNS = 64
-# Elements of a matrix that are converted at a time: 16 MB in float32.
-CONVERTED = 4 << 20
+# Elements of a matrix, and columns at the least, that are converted or multiplied at a time where a
+# product is made in parts. 2 MB of float32 fit into the second-level cache.
+PART, MIN_PART = 1 << 19, 512
 # The largest coefficient of a row's gradient in float16. What is 1e-10 of it vanishes; what exceeds
 # it 255 times (a log-ratio of 255 nats) overflows.
 FLOAT16_SCALE = 8  # as a power of two
@@ -128,34 +129,42 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a @ b, or out += a @ b, summed in the dtype of ``out``."""
-    acc = out.dtype
-    if a.dtype == b.dtype == acc:
-        if add:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
-    elif acc == torch.float32 and a.dtype == b.dtype and multiplies_into_float32(a.device, a.dtype):
+    acc, (M, K), N = out.dtype, a.shape, b.shape[1]
+    same = a.dtype == b.dtype
+    if same and acc == torch.float32 != a.dtype and multiplies_into_float32(a.device, a.dtype):
         if add:
             torch.addmm(out, a, b, out_dtype=acc, out=out)
         else:
             torch.mm(a, b, out_dtype=acc, out=out)
+    elif same and a.dtype == acc and not (a.device.type == "cpu" and N > max(M, K)):
+        if add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
     else:
-        _multiply_converted(a, b, out, add)
+        _multiply_in_parts(a, b, out, add)
 
 
-def _multiply_converted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """Converts the operands along the longest dimension (the vocabulary) a part at a time."""
+def _multiply_in_parts(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """The longest dimension, the vocabulary, a part at a time: each part of the operands is
+    converted where it has to be, and logits on a CPU are faster so, too.
+    """
     acc, (M, K), N = out.dtype, a.shape, b.shape[1]
     _, middle, longest = sorted((M, K, N))
-    step = max(1, CONVERTED // max(1, middle))
+    step = max(MIN_PART, PART // max(1, middle))
     for c in range(0, longest, step):
         part = slice(c, c + step)
         if longest == N:
-            multiply(a.to(acc), b[:, part].to(acc), out[:, part], add)
+            x, y, z = a.to(acc), b[:, part].to(acc), out[:, part]
         elif longest == M:
-            multiply(a[part].to(acc), b.to(acc), out[part], add)
+            x, y, z = a[part].to(acc), b.to(acc), out[part]
         else:
-            multiply(a[:, part].to(acc), b[part].to(acc), out, add or c > 0)
+            x, y, z = a[:, part].to(acc), b[part].to(acc), out
+            add = add or c > 0
+        if add:
+            torch.addmm(z, x, y, out=z)
+        else:
+            torch.mm(x, y, out=z)
 
 
 def default_chunk_bytes(device: torch.device) -> int:
@@ -260,10 +269,14 @@ def plan(count: int, slice_bytes: int, group_bytes: int, chunk_bytes: int) -> tu
     ``slice_bytes`` in a slice's buffers and ``group_bytes`` in a group's (0: a group is a slice).
     """
     slices = SLICES if group_bytes else 1
-    fit = slices * max(1, chunk_bytes // (slice_bytes + slices * group_bytes))
-    groups = max(1, -(-count // fit))
-    group = max(1, -(-count // groups))  # evenly: the last one is as large as the others
-    return group, -(-group // slices)
+    fit = max(1, chunk_bytes // (slice_bytes + slices * group_bytes))
+    # Libraries multiply whole multiples of these at full speed.
+    unit = 128 if fit >= 1024 else 16 if fit >= 16 else 1
+    fit = fit // unit * unit
+    # Evenly, so that the last slice is not much smaller than the others.
+    groups = max(1, -(-count // (slices * fit)))
+    height = max(1, -(-count // (slices * groups * unit))) * unit
+    return slices * height, height
 
 
 def walk(
@@ -370,7 +383,7 @@ def _float16_scale(upstream: Tensor) -> Tensor:
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x * factor (0-dim), rounded once, to ``dtype``; a factor of 0 makes 0 of whatever x holds."""
     out = tiled.new_output(x.shape, dtype, x.device)
-    height = max(1, CONVERTED // max(1, x[:1].numel()))
+    height = max(1, 8 * PART // max(1, x[:1].numel()))
     for part, result in zip(x.split(height), out.split(height), strict=True):
         result.copy_((part * factor).masked_fill_(factor == 0, 0.0))
     return out

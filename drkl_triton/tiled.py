@@ -263,8 +263,11 @@ def _sums_are_good(sums, student, teacher, V, scale) -> Tensor:
         N = d.numel()
         for i, j in _ranges(N, CHUNK_ROWS, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
             for rows, m, at_label in ((student, m_s, s_y), (teacher, m_t, t_y)):
+                tile = _tile(rows, i, j, 0, V)
+                if ((tile.amax(1) - m[i:j]) * scale < MAX_RISE).all():
+                    continue
                 # the label's logit may be the largest, and does not count
-                first, second = _tile(rows, i, j, 0, V).topk(2, dim=1).values.unbind(1)
+                first, second = tile.topk(2, dim=1).values.unbind(1)
                 top = torch.where(at_label[i:j] == first, second, first)
                 good[i:j] &= (top - m[i:j]) * scale < MAX_RISE
     return good
