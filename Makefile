@@ -23,7 +23,7 @@ TERSE := awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ { print "  " $
 
 .PHONY: help
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS=  may be set, e.g."
 	@echo "  make test PYTEST_ARGS='-k packaging'      make demo DEMO_ARGS='--help'"
@@ -52,8 +52,12 @@ demo: $(STAMP)  ## distil small models on real text and compare the objectives, 
 bench: $(STAMP)  ## time the losses across vocabulary sizes, on the device that is there
 	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 
+.PHONY: bench-linear
+bench-linear: $(STAMP)  ## time the losses from hidden states beside the matrix products alone
+	@$(BIN)/python bench/linear.py $(BENCH_ARGS)
+
 .PHONY: gpu-day
-gpu-day:  ## on a machine with a GPU: its tests, the tuning sweep and the benchmark, into OUT=folder
+gpu-day:  ## on a machine with a GPU: its tests, the tuning sweep and the benchmarks, into OUT=folder
 	@PYTHON=$(PYTHON) bench/gpu_day.sh $(if $(OUT),$(OUT),$(error say where the results go: make gpu-day OUT=folder))
 
 .PHONY: lint

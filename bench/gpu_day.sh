@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything worth doing on a GPU, in under nine minutes and without a network: the tests that need
-# one, the sweep for kernels/tuning.py, the benchmark. What comes of it goes into FOLDER, six files.
+# Everything worth doing on a GPU, in under ten minutes and without a network: the tests that need
+# one, the sweep for kernels/tuning.py, the benchmarks. What comes of it goes into FOLDER, eight
+# files.
 #
 #   bench/gpu_day.sh FOLDER         on a machine with a GPU, PyTorch, Triton and numpy
 #   bench/gpu_day.sh --dry FOLDER   without a GPU: the same way, tiny, in Triton's interpreter
@@ -15,11 +16,15 @@ INSTALL=30
 TESTS=190
 TUNE=150
 BENCH=130
+LINEAR=60
 GRACE=6
-# A GPU day ends after INSTALL + TESTS + TUNE + BENCH + 4 GRACE = 524 at the latest.
+# A GPU day ends after INSTALL + TESTS + TUNE + BENCH + LINEAR + 5 GRACE = 590 at the latest.
 
 # The most important first: where time runs out, the end is missing.
 BENCH_ARGS=(--op drkl reverse_kl --vocab 128256 32000 50257 262144 --repeats 10)
+# torch.compile, at each shape anew, would take most of the time
+LINEAR_ARGS=(--op drkl reverse_kl --repeats 5
+    --providers products dense tiled triton recompute liger trl)
 TUNE_ARGS=()
 # The tests run beside each other, since compiling takes longer than running, in these parts:
 KERNELS=tests/test_gpu_kernels.py
@@ -33,10 +38,12 @@ DRY=false
 if [ "${1-}" = --dry ]; then
     DRY=true
     shift
-    # 117 seconds at most; without obstacles it is 15
-    INSTALL=20 TESTS=30 TUNE=25 BENCH=30 GRACE=3
+    # 150 seconds at most; without obstacles it is 20
+    INSTALL=20 TESTS=30 TUNE=25 BENCH=30 LINEAR=30 GRACE=3
     BENCH_ARGS=(--device cpu --op drkl --vocab 1000 --tokens 8 --repeats 1 --copy-mb 4
         --dtype float32 --providers dense tiled triton)
+    LINEAR_ARGS=(--device cpu --op drkl --vocab 1000 --tokens 8 --hidden 16 --repeats 1
+        --providers products dense tiled triton)
     TUNE_ARGS=(--device cpu --vocab 2100 --tokens 2 --repeats 1)
     PARTS=()
 fi
@@ -58,7 +65,7 @@ if $DRY; then TRITON_INTERPRET=1; fi
 export TRITON_INTERPRET PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
 export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
 
-rm -f "$OUT"/{summary,tests,tune,bench}.txt "$OUT"/{tune,bench}.csv
+rm -f "$OUT"/{summary,tests,tune,bench,linear}.txt "$OUT"/{tune,bench,linear}.csv
 : >"$WORK/stages"
 say() { echo "gpu_day: $*" >&2; }
 
@@ -151,8 +158,8 @@ conclude() {
     esac
 }
 
-# Runs the tests or the benchmark. Ctrl-C reaches it also where the shell was told to ignore it;
-# what the benchmark wants and can do without is stood in for.
+# Runs the tests or a benchmark. Ctrl-C reaches it also where the shell was told to ignore it;
+# what the benchmarks want and can do without is stood in for.
 cat >"$WORK/start.py" <<'PY'
 import runpy, signal, sys
 from importlib.machinery import ModuleSpec
@@ -180,7 +187,8 @@ def stand_in(name, **contents):
 
 
 sys.path[0] = what.rpartition("/")[0]
-stand_in("plots", draw=lambda rows, stem: [])  # no files but the CSV
+for name in ("plots", "linear_plots"):
+    stand_in(name, draw=lambda *_: [])  # no files but the CSV
 try:
     import tqdm
 except ImportError:
@@ -275,6 +283,15 @@ bench_stage() {
     return "$status"
 }
 
+linear_stage() {
+    local status=0
+    budget "$LINEAR"
+    stage "$OUT/linear.txt" "$PYTHON" "$WORK/start.py" "$ROOT/bench/linear.py" \
+        --out . --name linear "${LINEAR_ARGS[@]}" || status=$?
+    conclude linear "$status" "$(rows "$OUT/linear.csv") in linear.csv, tables in linear.txt"
+    return "$status"
+}
+
 # --- the day ---
 
 SECONDS=0
@@ -289,6 +306,7 @@ if install_stage; then
     tests_stage || FAILED=1
     tune_stage || FAILED=1
     bench_stage || FAILED=1
+    linear_stage || FAILED=1
 else
     FAILED=1
 fi

@@ -54,13 +54,13 @@ def draw(rows, stem):
     return [_figure(rows, kind, stem) for kind in FIGURES] if rows else []
 
 
-def _unique(rows, *keys):
+def unique(rows, *keys):
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
 def _figure(rows, kind, stem):
     column, label, scale = FIGURES[kind]
-    kinds = _unique(rows, "op", "dtype")
+    kinds = unique(rows, "op", "dtype")
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     size = (1.2 + 3.7 * len(modes), 1.6 + 2.7 * len(kinds))
     figure, axes = plt.subplots(
@@ -74,7 +74,7 @@ def _figure(rows, kind, stem):
         line[0].set_ylabel(label)
     for ax in axes[-1]:
         ax.set_xlabel("vocabulary V (thousands)")
-    _legend(figure, axes)
+    legend(figure, axes)
     one = rows[0]
     place = f"{one['device']}, {one['threads']} threads" if "cpu" in stem.name else one["device"]
     between = ": " if len(modes) > 1 else "\n"  # one column is too narrow for it in one line
@@ -87,7 +87,7 @@ def _figure(rows, kind, stem):
 
 
 def _panel(ax, rows, column, scale):
-    for (name,) in _unique(rows, "provider"):
+    for (name,) in unique(rows, "provider"):
         mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["vocab"])
         mine = [r for r in mine if r.get(column, "") != ""]
         wrong = any(r["check"] == "WRONG" for r in mine)
@@ -114,15 +114,16 @@ def _panel(ax, rows, column, scale):
     ax.grid(True, alpha=0.3)
 
 
-def _legend(figure, axes):
+def legend(figure, axes):
     entries = {}
     for ax in axes.flat:
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
+    lines = -(-len(entries) // 6)
     figure.legend(
         entries.values(),
         entries,
         loc="outside lower center",
-        ncols=min(6, len(entries)),
+        ncols=-(-len(entries) // lines),
         fontsize=9,
     )

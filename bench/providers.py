@@ -27,12 +27,12 @@ def _log_probabilities(student, teacher):
     return (F.log_softmax(x, dim=-1, dtype=torch.float32) for x in (student, teacher))
 
 
-def dense_reverse_kl(student, teacher, labels):
+def reverse_kl_rows(student, teacher, labels):
     log_q, log_p = _log_probabilities(student, teacher)
-    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def dense_drkl(student, teacher, labels):
+def drkl_rows(student, teacher, labels):
     """RKL - KL(b_q || b_p) = (1 - q_y) N, so N costs only arithmetic on [N] beside RKL: of the
     dense formulas the fastest, twice as fast as masking the label's column out.
     """
@@ -42,7 +42,15 @@ def dense_drkl(student, teacher, labels):
     log_q_rest, log_p_rest = torch.log1p(-log_qy.exp()), torch.log1p(-log_py.exp())
     target = log_qy.exp() * (log_qy - log_py) + log_q_rest.exp() * (log_q_rest - log_p_rest)
     nontarget = (reverse_kl - target) / log_q_rest.exp()
-    return (target + GAMMA * nontarget).mean()
+    return target + GAMMA * nontarget
+
+
+def dense_reverse_kl(student, teacher, labels):
+    return reverse_kl_rows(student, teacher, labels).mean()
+
+
+def dense_drkl(student, teacher, labels):
+    return drkl_rows(student, teacher, labels).mean()
 
 
 def dense_softmax(student, teacher, labels):

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 # PyTorch's threads go on spinning for milliseconds after an operation, on the cores of whatever is
@@ -21,57 +20,39 @@ try:
     import providers
     import tables
     import torch
+    from command import DTYPES, add_options, first_line, in_turn, progress, settle
     from tables import MODES, TENSORS_MOVED
     from timing import MB, Clock, Copy, peak_memory
-    from tqdm import tqdm
     from truth import UPSTREAM, Case, errors, truth_of
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make bench, or: pip install -e '.[bench]'")
 
-HERE = Path(__file__).resolve().parent
 VOCABULARIES = (32000, 50257, 65536, 128256, 151936, 201088, 262144)
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def parse(arguments):
-    names = [provider.name for provider in providers.ALL]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
     add("--op", nargs="+", choices=providers.OPS, default=["reverse_kl", "drkl"])
     add("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: all three")
     add("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16; on a CPU float32, too")
     add("--vocab", nargs="+", type=int, default=list(VOCABULARIES), metavar="V")
     add("--tokens", type=int, help="rows of logits; default: 8192 on a GPU, 128 on a CPU")
-    add("--providers", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {names}")
-    add("--repeats", type=int, help="times each call is timed; default: 20 on a GPU, 5 on a CPU")
-    add("--threads", type=int, help="CPU threads, the same for all; default: PyTorch's choice")
     add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 256 on a CPU")
-    add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
-    add("--name", help="of the files, without an ending; default: the device's")
+    add_options(parser, [provider.name for provider in providers.ALL], repeats=(20, 5))
     options = parser.parse_args(arguments)
-    options.device = torch.device(
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settle(
+        parser,
+        options,
+        {
+            "tokens": (8192, 128),
+            "repeats": (20, 5),
+            "copy_mb": (2048, 256),
+            "dtype": (["bfloat16"], ["float32", "bfloat16"]),
+        },
     )
-    gpu = options.device.type == "cuda"
-    if options.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda (ROCm is cuda, too), got {options.device}")
-    if gpu and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no GPU")
-    for name, on_gpu, on_cpu in (("tokens", 8192, 128), ("repeats", 20, 5), ("copy_mb", 2048, 256)):
-        if getattr(options, name) is None:
-            setattr(options, name, on_gpu if gpu else on_cpu)
-    options.dtype = options.dtype or (["bfloat16"] if gpu else ["float32", "bfloat16"])
     if min(options.tokens, options.repeats, options.copy_mb, *options.vocab) < 1:
         parser.error("--tokens, --repeats, --copy-mb and --vocab must be positive")
-    if gpu:
-        torch.cuda.set_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     return options
 
 
@@ -120,7 +101,7 @@ class Measurement:
             backward = lambda out: self._backward(student, out)()  # noqa: E731
             entry.peaks = peak_memory(forward, backward, self.case.device)
         except Exception as error:  # other people's kernels fail in ways of their own
-            entry.call, entry.note = None, _first_line(error)
+            entry.call, entry.note = None, first_line(error)
 
     def repeat(self, entry):
         """One timing of each mode."""
@@ -143,13 +124,12 @@ class Measurement:
             step(entry.provider.name)
         for turn in range(repeats):
             self.copy_times.append(self.clock.ms(self.copy)[0])
-            first = turn % len(self.entries)
-            for entry in self.entries[first:] + self.entries[:first]:
+            for entry in in_turn(self.entries, turn):
                 if entry.call:
                     try:
                         self.repeat(entry)
                     except Exception as error:
-                        entry.call, entry.note = None, _first_line(error)
+                        entry.call, entry.note = None, first_line(error)
                 step(entry.provider.name)
 
     def rows(self):
@@ -180,11 +160,6 @@ class Measurement:
                     yield row
 
 
-def _first_line(error):
-    text = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}" + (f": {text[0]}" if text else "")
-
-
 def measure(options, notes, keep):
     """Every case in turn; the rows of each go to ``keep``, those of an interrupted one too."""
     clock, copy = Clock(options.device), Copy(options.device, options.copy_mb)
@@ -203,13 +178,7 @@ def measure(options, notes, keep):
         for op in options.op
     }
     work = sum((options.repeats + 1) * len(taking_part[op]) * vocab for op, _, vocab in cases)
-    bar = tqdm(
-        total=work,
-        bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
-        mininterval=0.3 if sys.stderr.isatty() else 20.0,
-        dynamic_ncols=True,
-    )
-    with bar:
+    with progress(work) as bar:
         for op, dtype, vocab in cases:
             torch._dynamo.reset()  # each shape compiled for itself, none over the recompile limit
             case = Case(op, DTYPES[dtype], vocab, options.tokens, options.device)

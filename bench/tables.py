@@ -1,4 +1,4 @@
-"""The rows: what a CSV line holds, the file, and the table on the terminal."""
+"""The rows: what a CSV line of run.py holds, the file, and the table on the terminal."""
 
 import csv
 import os
@@ -52,7 +52,7 @@ def _cpu_name():
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def environment(device, arguments):
+def environment(device, arguments, script="bench/run.py"):
     """The columns that say where, with what and how the numbers were made."""
     gpu, driver = device.type == "cuda", ""
     if gpu:
@@ -75,7 +75,7 @@ def environment(device, arguments):
         "triton": triton,
         "python": platform.python_version(),
         "commit": commit,
-        "command": shlex.join(["python", "bench/run.py", *arguments]),
+        "command": shlex.join(["python", script, *arguments]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
 
@@ -89,21 +89,26 @@ def slug(device, name):
 # --- rows ---
 
 
-def timed(times, nbytes, copy_gb_per_s):
-    """The columns that follow from the times of a row, in milliseconds."""
+def quartiles(times):
+    """The columns that say how long a call took, of times in milliseconds."""
     ms = median(times)
     q1, _, q3 = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (ms, ms, ms)
-    row = {"ms": ms, "ms_q1": q1, "ms_q3": q3, "runs": len(times)}
-    row |= {"bytes": nbytes, "gb_per_s": nbytes / ms / 1e6, "copy_gb_per_s": copy_gb_per_s}
+    return {"ms": ms, "ms_q1": q1, "ms_q3": q3, "runs": len(times)}
+
+
+def timed(times, nbytes, copy_gb_per_s):
+    """The columns that follow from the times of a row, in milliseconds."""
+    row = quartiles(times)
+    row |= {"bytes": nbytes, "gb_per_s": nbytes / row["ms"] / 1e6, "copy_gb_per_s": copy_gb_per_s}
     return row | {"percent_of_copy": 100 * row["gb_per_s"] / copy_gb_per_s}
 
 
-def add_ratios(rows):
-    """x_<provider>: this row's time over that provider's, same op, mode, dtype and shape."""
+def add_ratios(rows, case=("op", "dtype", "mode", "vocab")):
+    """x_<provider>: this row's time over that provider's in the same case."""
     groups = {}
     for row in rows:
         if "ms" in row:
-            groups.setdefault(_table_of(row) + (row["vocab"],), []).append(row)
+            groups.setdefault(tuple(row[key] for key in case), []).append(row)
     for group in groups.values():
         for row in group:
             row |= {f"x_{other['provider']}": row["ms"] / other["ms"] for other in group}
@@ -113,11 +118,11 @@ def _table_of(row):
     return row["op"], row["dtype"], row["mode"]
 
 
-def write_csv(path, rows):
+def write_csv(path, rows, columns=COLUMNS):
     """By way of a second file, so that an interruption leaves one of the two whole."""
     partial = path.with_suffix(".csv.part")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
     os.replace(partial, path)
@@ -130,7 +135,7 @@ def _short(value):
 # --- the table ---
 
 
-def _digits(value):
+def digits(value):
     """Three of them, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
@@ -141,12 +146,12 @@ def _cells(row, others):
     errors = f"result {row['result_error']:.2g}, gradient {row['grad_error']:.2g} times the limit"
     return [
         row["provider"],
-        _digits(row["ms"]),
-        f"{_digits(row['ms_q1'])}–{_digits(row['ms_q3'])}",
-        _digits(row["gb_per_s"]),
+        digits(row["ms"]),
+        f"{digits(row['ms_q1'])}–{digits(row['ms_q3'])}",
+        digits(row["gb_per_s"]),
         f"{row['percent_of_copy']:.0f}",
-        _digits(row["peak_mb"]) if row.get("peak_mb", "") != "" else "–",
-        *(_digits(row[f"x_{o}"]) if f"x_{o}" in row else "" for o in others),
+        digits(row["peak_mb"]) if row.get("peak_mb", "") != "" else "–",
+        *(digits(row[f"x_{o}"]) if f"x_{o}" in row else "" for o in others),
         row["check"] if row["check"] == "ok" else f"{row['check']}: {errors}",
     ]
 
@@ -167,8 +172,16 @@ def _render(op, dtype, mode, rows):
     for row in rows:
         lines.append([f"{row['vocab']:,}" if row["vocab"] != vocab else "", *_cells(row, others)])
         vocab = row["vocab"]
+    title = f"{op}, {dtype}, {mode}, {rows[0]['tokens']:,} tokens"
+    counted = f"bytes counted: {TENSORS_MOVED[mode]} × tokens × V × element size"
+    return aligned(f"{title}   ({counted})", lines, left={1, len(lines[0]) - 1})
+
+
+def aligned(title, lines, left):
+    """The cells under one another, the columns ``left`` from the left; the first line is the
+    head.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {1, len(widths) - 1}
     text = [
         "  ".join(
             cell.ljust(w) if i in left else cell.rjust(w)
@@ -176,9 +189,7 @@ def _render(op, dtype, mode, rows):
         ).rstrip()
         for line in lines
     ]
-    title = f"{op}, {dtype}, {mode}, {rows[0]['tokens']:,} tokens"
-    counted = f"bytes counted: {TENSORS_MOVED[mode]} × tokens × V × element size"
-    return "\n".join([f"{title}   ({counted})", text[0], "─" * max(map(len, text)), *text[1:]])
+    return "\n".join([title, text[0], "─" * max(map(len, text)), *text[1:]])
 
 
 def render_absent(absent):

@@ -23,6 +23,19 @@ def last_level_cache(device):
     return max((int(s.read_text().rstrip("K\n")) << 10 for s in sizes), default=32 * MB)
 
 
+def free_memory(device):
+    """Bytes that can still be allocated, or None where nothing says."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kilobytes[0] << 10 if kilobytes else None
+
+
 class Clock:
     """Times calls with cold caches. On a GPU: on the current device."""
 

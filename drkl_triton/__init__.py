@@ -7,10 +7,12 @@ from ._version import __version__
 from .algebra import RowMetrics
 from .functional import drkl, log_softmax, reverse_kl, softmax
 from .linear import linear_drkl, linear_reverse_kl
-from .modules import DRKLLoss, ReverseKLLoss
+from .modules import DRKLLoss, LinearDRKLLoss, LinearReverseKLLoss, ReverseKLLoss
 
 __all__ = [
     "DRKLLoss",
+    "LinearDRKLLoss",
+    "LinearReverseKLLoss",
     "ReverseKLLoss",
     "RowMetrics",
     "__version__",

@@ -112,7 +112,7 @@ def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismat
 
 def head(who: str, hidden, weight, bias, scale, softcap) -> None:
     """A model's output layer. who: "student" or "teacher"."""
-    names = [f"{who}_{part}" for part in ("hidden", "weight", "bias", "scale", "softcap")]
+    names = [f"{who}_{part}" for part in ("hidden", "weight", "bias")]
     _floats(names[0], hidden, "[..., H]", "pass the model's last hidden states")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(
@@ -128,9 +128,14 @@ def head(who: str, hidden, weight, bias, scale, softcap) -> None:
                 f"got shape {tuple(bias.shape)}; pass the bias of the same layer"
             )
         same_device(names[2], bias, hidden, names[0])
-    _positive_number(names[3], scale, "what the model multiplies its logits with")
+    head_numbers(who, scale, softcap)
+
+
+def head_numbers(who: str, scale, softcap) -> None:
+    _positive_number(f"{who}_scale", scale, "what the model multiplies its logits with")
     if softcap is not None:
-        _positive_number(names[4], softcap, "the cap of cap * tanh(logits / cap), or None")
+        hint = "the cap of cap * tanh(logits / cap), or None"
+        _positive_number(f"{who}_softcap", softcap, hint)
 
 
 def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:

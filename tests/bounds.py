@@ -11,7 +11,7 @@ for the exponential.
 
 import torch
 
-from drkl_triton import drkl, reference, reverse_kl
+from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reference, reverse_kl
 
 INF = float("inf")
 
@@ -89,3 +89,135 @@ def ratio(ours, truth, bound):
     if not finite.any():
         return 0.0
     return ((ours - truth).abs() / bound)[finite].max().item()
+
+
+# --- from hidden states ---
+
+
+def capped(x, softcap):
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def logits_of(hidden, weight, bias=None, scale=1.0, softcap=None):
+    """softcap(scale (hidden @ weight.T + bias)) in the dtype of the operands."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    return capped(scale * z, softcap)
+
+
+def run_linear(function, student, teacher, labels, upstream, **options):
+    """(per-row loss, gradients of the student's tensors). function takes both models' heads,
+    (hidden, weight, bias, scale, softcap), or the teacher's logits.
+    """
+    leaves = [None if x is None else x.detach().requires_grad_() for x in student[:3]]
+    loss = function((*leaves, *student[3:]), teacher, labels, **options)
+    wanted = [x for x in leaves if x is not None]
+    return loss.detach(), torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))
+
+
+def linear_truth(name, student, teacher, labels, upstream, dtype, **options):
+    """(per-row loss, gradients) of plain PyTorch: logits in ``dtype``, then the reference."""
+
+    def function(student, teacher, labels):
+        s = logits_of(*(_to(x, dtype) for x in student))
+        t = teacher if isinstance(teacher, torch.Tensor) else logits_of(*teacher)
+        return getattr(reference, name)(s, t, labels, reduction="none", **options)
+
+    student, teacher = (
+        _to(x, dtype) if isinstance(x, torch.Tensor) else [_to(y, dtype) for y in x]
+        for x in (student, teacher)
+    )
+    return run_linear(function, student, teacher, labels, upstream)
+
+
+def _to(x, dtype):
+    return x.to(dtype) if isinstance(x, torch.Tensor) else x
+
+
+def linear_ours(name, backend, **options):
+    """The public function, called with heads as above."""
+    function = {"drkl": linear_drkl, "reverse_kl": linear_reverse_kl}[name]
+
+    def call(student, teacher, labels, **more):
+        keys = ("hidden", "weight", "bias", "scale", "softcap")
+        given = {f"student_{k}": x for k, x in zip(keys, student, strict=True)}
+        if isinstance(teacher, torch.Tensor):
+            given["teacher_logits"] = teacher
+        else:
+            given |= {f"teacher_{k}": x for k, x in zip(keys, teacher, strict=True)}
+        hidden, weight = given.pop("student_hidden"), given.pop("student_weight")
+        return function(hidden, weight, labels, **given, backend=backend, **options, **more)
+
+    return call
+
+
+def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
+    """[loss, d hidden, d weight, ...]: the largest error over its bound; right means at most 1.
+
+    ours: per-row losses and gradients of this package under ``upstream``. The bounds are those above, and what float32
+    costs before and after the loss:
+
+        a logit is a sum of products and may be off by eps delta, delta = |hidden| |weight|^T + |bias|;
+        an element of the gradient of the logits moves by no more than its mass (1 + the terms of
+        its own condition) times the row's largest delta; the products then sum condition and
+        elements with absolute values.
+    """
+    inputs = (name, student, teacher, labels, upstream)
+    loss, grads = linear_truth(*inputs, torch.float64, **options)
+    wide = torch.promote_types(student[0].dtype, torch.float32)
+    loss_b, grads_b = linear_truth(*inputs, wide, **options)
+    ours_loss, ours_grads = ours
+    eps, out = torch.finfo(ours_loss.dtype).eps, torch.finfo(student[0].dtype)
+    hidden, weight, bias, scale, softcap = [_to(x, torch.float64) for x in student]
+
+    z = scale * logits_of(hidden, weight, bias)
+    s, delta_s = capped(z, softcap), _delta(*student)
+    if isinstance(teacher, torch.Tensor):
+        t, delta_t = teacher.double(), torch.zeros_like(delta_s)
+    else:
+        t = logits_of(*(_to(x, torch.float64) for x in teacher))
+        delta_t = _delta(*teacher)
+    delta = delta_s.amax(-1, keepdim=True) + delta_t.amax(-1, keepdim=True)
+    kappa, g = _linear_condition(name, s, t, labels, upstream, delta, **options)
+    if softcap is not None:
+        y = s / softcap
+        kappa = kappa + g.abs() * (1 + y * y + 2 * y.abs() * delta_s / softcap)
+        g = g * (1 - y * y)
+    kappa, g = kappa.flatten(0, -2) * scale, g.flatten(0, -2).abs() * scale
+    kappa = kappa + g  # what the products add
+    h = hidden.flatten(0, -2).abs()
+    kappas = [(kappa @ weight.abs()).view(hidden.shape), kappa.t() @ h, kappa.sum(0)]
+    del kappa, g
+
+    gamma = options.get("gamma", 0.5) if name == "drkl" else 1.0
+    p_and_q = reference.softmax(s) + reference.softmax(t)
+    moved = (p_and_q * (1 + (s - t).abs().clamp_max(1e3))).sum(-1) * delta[..., 0]
+    bound = 2 * (loss_b.double() - loss).abs() + 16 * eps * (1 + gamma) * (1 + loss.abs())
+    ratios = [ratio(ours_loss, loss, bound + 8 * eps * moved)]
+    denormal = out.smallest_normal * out.eps + torch.finfo(ours_loss.dtype).smallest_normal
+    for ours_g, truth, base, k in zip(ours_grads, grads, grads_b, kappas, strict=False):
+        base = base.to(student[0].dtype).double()
+        own = 8 * eps * k + 2 * out.eps * truth.abs() + denormal
+        ratios.append(ratio(ours_g, truth, 2 * (base - truth).abs() + own))
+    return ratios
+
+
+def _delta(hidden, weight, bias, scale, softcap):
+    """By how many eps a logit may be off: the terms it is the sum of."""
+    h, w = hidden.double().abs(), weight.double().abs()
+    return logits_of(h, w, None if bias is None else bias.double().abs(), scale)
+
+
+def _linear_condition(name, s, t, labels, upstream, delta, *, temperature=1.0, **options):
+    """(kappa, gradient) of the logits, both [..., V]."""
+    options["temperature"] = temperature
+    _, g = run(getattr(reference, name), s, t, labels, upstream, **options)
+    kappa = condition(name, s, t, labels, upstream, **options)
+    q = reference.softmax(s, temperature=temperature)
+    mass = q
+    if name == "drkl":
+        y = labels.clamp_min(0)[..., None]
+        _, _, u = reference.split(s, t, y[..., 0], temperature)
+        rest = u.neg().sigmoid()[..., None]
+        mass = (q / rest * (options.get("gamma", 0.5) + rest)).scatter(-1, y, q.gather(-1, y))
+    mass = mass * upstream.double().abs()[..., None] / temperature
+    return kappa + (kappa + mass) * delta / temperature, g

@@ -18,8 +18,9 @@ for name in ("matplotlib", "tokenizers", "tqdm"):
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "distill"
 sys.path.append(str(DEMO))  # as `python examples/distill/run.py` would have it
-data, evaluate, model, report, train = (
-    importlib.import_module(name) for name in ("data", "evaluate", "model", "report", "train")
+data, evaluate, memory, model, report, train = (
+    importlib.import_module(name)
+    for name in ("data", "evaluate", "memory", "model", "report", "train")
 )
 _spec = importlib.util.spec_from_file_location("demo_run", DEMO / "run.py")  # bench has a run
 run = importlib.util.module_from_spec(_spec)
@@ -317,6 +318,111 @@ def test_learning_rate_schedule():
     assert config.evaluation_steps() == {20, 40, 60, 80, 100}
 
 
+# --- from hidden states ---
+
+
+def distinct_model(seed):
+    """Logits of some nats, so that the divergences between two such models are far above the
+    rounding of their sums."""
+    network = small_model(seed)
+    network.embedding.weight.data *= 30
+    return network
+
+
+class Counted(torch.nn.Module):
+    """A teacher that counts what is asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.heads, self.logits = distinct_model(5).requires_grad_(False), 0, 0
+
+    def head(self, tokens):
+        self.heads += 1
+        head, counts = self.network.head(tokens), self
+
+        class Watched(model.Head):
+            def logits(self):
+                counts.logits += 1
+                return super().logits()
+
+        return Watched(*head)
+
+
+# In bfloat16 the logits of the one are rounded and those of the other are not.
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 2e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("others", [(), ("fkl", "ce")])
+def test_linear_objectives_train_the_same(dtype, rel, others, tmp_path):
+    names, options = ("rkl", "drkl:0.25", "drkl:2"), {"temperature": 1.5}
+
+    def learn(file, make_linear, others=()):
+        learners = {}
+        for name in (*names, *others):
+            objective = make_linear(name, **options)
+            linear = objective is not None
+            if not linear:
+                objective = train.make_objective(name, **options)[1]
+            learners[name] = train.Learner(distinct_model(0), objective, linear)
+        teacher = Counted()
+        torch.manual_seed(1)
+        history, _ = train.train(
+            learners,
+            torch.randint(50, (500,)),
+            train.TrainConfig(steps=6, batch=2, context=16, lr=1e-2, evaluations=1),
+            salt="test",
+            device=torch.device("cpu"),
+            dtype=dtype,
+            path=tmp_path / file,
+            evaluate=lambda: {name: {"cross_entropy": 1.0} for name in learners},
+            teacher=teacher,
+        )
+        assert teacher.heads == 6  # once a batch, for all learners
+        assert teacher.logits == (0 if all(one.from_hidden for one in learners.values()) else 6)
+        return history
+
+    # 31 rows of 64 columns, 512 bytes for both models: four rows a slice.
+    def linear(name, **options):
+        return train.make_linear_objective(name, chunk_bytes=2048, **options)
+
+    expected = learn("logits.pt", lambda name, **options: None)
+    got = learn("hidden.pt", linear, others)
+    for name in names:
+        for key in ("loss", "gradient_norm"):
+            assert got[name][key] == pytest.approx(expected[name][key], rel=rel), (name, key)
+    # Far from each other and from 0: the agreement above is that of one objective alone.
+    losses = sorted(expected[name]["loss"][0] for name in names)
+    assert losses[0] > 0.1 and all(b > 1.2 * a for a, b in zip(losses, losses[1:], strict=False))
+
+
+def test_peak_memory_by_hand():
+    def allocate():
+        a, b = torch.empty(1000), torch.empty(500)
+        del a
+        return b, torch.empty(900)
+
+    assert memory.peak_of(allocate, torch.device("cpu")) == 4 * 1500
+
+
+def test_memory_saved_is_that_of_the_logits():
+    torch.manual_seed(0)
+    config, cpu = model.ModelConfig(vocab=4096, width=8, layers=1, heads=2), torch.device("cpu")
+    student, teacher = model.Transformer(config), model.Transformer(config).requires_grad_(False)
+    tokens = torch.randint(4096, (2, 64))
+    rows = train.make_linear_objective("rkl", chunk_bytes=8 * 8 * 4096)  # 8 of 126 in a slice
+    peaks = [
+        memory.measure(learner, teacher, tokens, cpu, torch.float32)
+        for learner in (
+            train.Learner(student, train.make_objective("rkl")[1]),
+            train.Learner(student, rows, from_hidden=True),
+        )
+    ]
+    # Three matrices [128, V]: the logits of both models and the gradient; against two [8, V].
+    saved = 4 * (3 * 128 - 2 * 8) * 4096
+    for part in ("loss", "step"):
+        assert peaks[0][part] - peaks[1][part] == pytest.approx(saved, rel=0.1)
+    assert all(peak["step"] > peak["loss"] > 0 for peak in peaks)
+    assert all(p.grad is None for p in student.parameters())
+
+
 # --- the whole ---
 
 
@@ -332,6 +438,8 @@ def test_learning_rate_schedule():
         (["--objectives", "rkl", "drkl"], 'GAMMA > 0, got "drkl"'),
         (["--objectives", "drkl:-1"], 'GAMMA > 0, got "drkl:-1"'),
         (["--objectives", "rkl", "rkl"], "names one twice"),
+        (["--linear", "--objectives", "fkl", "ce"], "drkl:GAMMA, got --objectives fkl ce"),
+        (["--linear", "--chunk-mb", "0"], "--chunk-mb must be positive, got 0"),
         (["--sources", "nowhere"], "no such folder: nowhere"),
         (["--sources", "."], "found 0 and 0"),
         (["--out", "file/inside"], "cannot write to file"),
@@ -377,3 +485,37 @@ def test_whole_run(tmp_path, capsys):
     assert run.main([*TINY, "--seeds", "2", "--out", str(out)]) == 0
     assert table.strip() in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in sorted((out / "cache").iterdir())] == times
+
+
+def test_linear_run(tmp_path, capsys):
+    results, files = {}, {}
+    for way in ((), ("--linear", "--chunk-mb", "0.02")):
+        names = ["--objectives", "fkl", "rkl", "drkl:0.5"]
+        assert run.main([*TINY, *names, "--out", str(tmp_path), *way]) == 0
+        printed = capsys.readouterr().out
+        assert ("Peak memory" in printed) == bool(way)
+        results[way] = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+        files[way] = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    logits, linear = results.values()
+    # Text, teacher and pretrained student are those of the first run, and the students are not.
+    before, after = files.values()
+    assert before.items() <= after.items()
+    assert sorted(p.name.split("-")[0] for p in set(after) - set(before)) == [
+        "measured",
+        "students",
+    ]
+    for name, objective in logits["students"]["objectives"].items():
+        other = linear["students"]["objectives"][name]
+        loss, ce = objective["history"][0]["loss"], objective["mean"]["cross_entropy"]
+        rel = 0.0 if name == "fkl" else 1e-3  # these losses are small differences of large sums
+        assert other["history"][0]["loss"] == pytest.approx(loss, rel=rel, abs=0.0)
+        assert other["mean"]["cross_entropy"] == pytest.approx(ce, rel=1e-5)
+    assert "memory" not in logits
+    found = linear["memory"]
+    assert found["objective"] == "rkl" and found["tokens"] == 2 * 32
+    for part in ("loss", "step"):
+        assert 0 < found["hidden"][part] < found["logits"][part]
+    saved = found["logits"]["loss"] - found["hidden"]["loss"]
+    assert f"({saved / 1e6:.1f} MB saved)" in printed
+    assert "V = 300, 64 tokens" in printed
+    assert "Peak memory" in (tmp_path / "table.txt").read_text(encoding="utf-8")

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
 tune = importlib.import_module("tune")
 
-FILES = {"summary.txt", "tests.txt", "tune.csv", "tune.txt", "bench.csv", "bench.txt"}
+STAGES = ("tune", "bench", "linear")
+FILES = {"summary.txt", "tests.txt", *(f"{s}.{e}" for s in STAGES for e in ("csv", "txt"))}
 INTERPRETER = "Triton's interpreter on a CPU"
 
 
@@ -35,13 +36,14 @@ def rows_of(path):
 
 
 def statuses(summary):
-    pattern = r"^(install|tests|tune|bench) +(ok|not run|cut off|FAILED) +\d+s of +\d+s"
+    pattern = r"^(install|tests|tune|bench|linear) +(ok|not run|cut off|FAILED) +\d+s of +\d+s"
     return dict(re.findall(pattern, summary, re.M))
 
 
 def test_a_dry_run(tmp_path):
     status, summary = gpu_day(tmp_path, "--dry")
-    assert statuses(summary) == {"install": "ok", "tests": "not run", "tune": "ok", "bench": "ok"}
+    ran = {"install": "ok", "tests": "not run", "tune": "ok", "bench": "ok", "linear": "ok"}
+    assert statuses(summary) == ran
     assert status == 0
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
@@ -50,12 +52,14 @@ def test_a_dry_run(tmp_path):
     assert re.search(r"^card +none$", summary, re.M) and "Proposed" not in summary
     assert re.search(r"no GPU: \d+ skipped", summary)
     assert not re.search(r"^\S+::\S+ PASSED", (tmp_path / "tests.txt").read_text(), re.M)
-    tuned, timed = rows_of(tmp_path / "tune.csv"), rows_of(tmp_path / "bench.csv")
+    tuned, timed, linear = (rows_of(tmp_path / f"{stage}.csv") for stage in STAGES)
     assert tuned and all(row["device"].startswith(INTERPRETER) for row in tuned)
-    assert all(row["driver"] == "" for row in tuned + timed)
+    assert all(row["driver"] == "" for row in tuned + timed + linear)
     assert tune.NOT_A_GPU in (tmp_path / "tune.txt").read_text()
     assert {row["provider"] for row in timed if row["ms"]} == {"dense", "tiled"}
-    assert {row["note"] for row in timed if row["provider"] == "triton"} == {"needs a GPU"}
+    assert {row["provider"] for row in linear if row["ms"]} == {"products", "dense", "tiled"}
+    for row in timed + linear:
+        assert row["note"] == ("needs a GPU" if row["provider"] == "triton" else "")
 
     for version in (f"torch     {torch.__version__}", f"pytest    {pytest.__version__}"):
         assert version in summary
@@ -86,7 +90,7 @@ def test_what_is_missing_fails_or_hangs_costs_the_others_nothing(tree, tmp_path)
     (tree / "bench" / "tune.py").write_text("while True:\n    pass\n")
     script = tree / "bench" / "gpu_day.sh"
     text = script.read_text()
-    short = "INSTALL=12 TESTS=1 TUNE=1 BENCH=30 GRACE=1"
+    short = "INSTALL=12 TESTS=1 TUNE=1 BENCH=30 LINEAR=30 GRACE=1"
     script.write_text(re.sub(r"INSTALL=20 .* GRACE=3", short, text))
     assert script.read_text() != text
 
@@ -94,11 +98,13 @@ def test_what_is_missing_fails_or_hangs_costs_the_others_nothing(tree, tmp_path)
     environment = {"PYTHONPATH": str(absent), "COMMIT": "0123abcd"}
     status, summary = gpu_day(out, "--dry", root=tree, **environment)
     assert status == 1
-    ran = {"install": "ok", "tests": "not run", "tune": "cut off", "bench": "ok"}
+    ran = {"install": "ok", "tests": "not run", "tune": "cut off", "bench": "ok", "linear": "ok"}
     assert statuses(summary) == ran
     assert "pytest is not installed" in summary and "pip could not" in summary
     assert re.search(r"^commit +0123abcd$", summary, re.M)
     assert {row["check"] for row in rows_of(out / "bench.csv") if row["ms"]} == {"ok"}
+    checks = {row["provider"]: row["check"] for row in rows_of(out / "linear.csv") if row["ms"]}
+    assert checks == {"products": "", "dense": "ok", "tiled": "ok"}
     assert {path.name for path in out.iterdir()} <= FILES
 
 

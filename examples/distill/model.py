@@ -4,6 +4,7 @@ tokens [B, T] -> logits [B, T, V]; position t sees tokens 0..t and predicts toke
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,16 @@ class ModelConfig:
     width: int
     layers: int
     heads: int
+
+
+class Head(NamedTuple):
+    """The end of a model: its last hidden states, and the matrix that makes logits of them."""
+
+    hidden: torch.Tensor  # [B, T, width], after the last norm
+    matrix: torch.Tensor  # [V, width]
+
+    def logits(self):
+        return F.linear(self.hidden, self.matrix)
 
 
 def rotary(x, start):
@@ -72,12 +83,15 @@ class Transformer(nn.Module):
                     parameter, std=0.02 / (2 * config.layers) ** 0.5 if residual else 0.02
                 )
 
-    def forward(self, tokens, caches=None):
+    def head(self, tokens, caches=None):
         """caches: None, or one dict a block (empty at first; afterwards one token a call)."""
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i])
-        return F.linear(self.norm(x), self.embedding.weight)
+        return Head(self.norm(x), self.embedding.weight)
+
+    def forward(self, tokens, caches=None):
+        return self.head(tokens, caches).logits()
 
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())

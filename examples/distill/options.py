@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from data import SMALLEST_VOCAB, InputError
-from train import make_objective
+from train import make_linear_objective, make_objective
 
 # Sizes, and what --quick makes of them. An option on the command line outranks both columns.
 SIZES = {
@@ -29,6 +29,8 @@ SIZES = {
     "windows": (192, 16, "held-out windows for the table"),
     "prompts": (32, 4, "held-out prompts that are continued"),
     "samples": (8, 4, "samples a prompt"),
+    # The package's default, 256 MB, would hold the logits of a whole batch of this size at once.
+    "chunk-mb": (8.0, 0.25, "with --linear: logits of both models at a time, million bytes"),
 }
 OBJECTIVES = ["fkl", "rkl", "drkl:0.25", "drkl:0.5", "drkl:1"]
 
@@ -61,6 +63,12 @@ def parse(description, argv=None):
         default=OBJECTIVES,
         metavar="NAME",
         help=f"of ce, fkl, rkl, drkl:GAMMA ({' '.join(OBJECTIVES)})",
+    )
+    add(
+        "--linear",
+        action="store_true",
+        help="rkl and drkl from the last hidden states, without the logits (fkl and ce have no "
+        "such form and stay on logits); measures the memory that saves",
     )
     add("--temperature", type=float, default=1.0, help="of the distillation losses (%(default)s)")
     add("--teacher-lr", type=float, default=1e-3, help="(%(default)s)")
@@ -107,6 +115,11 @@ def check(args):
         raise InputError(f"--objectives names one twice: {' '.join(args.objectives)}")
     for name in args.objectives:
         make_objective(name)
+    if args.linear and not any(map(make_linear_objective, args.objectives)):
+        raise InputError(
+            f"--linear is for rkl and drkl:GAMMA, got --objectives {' '.join(args.objectives)}; "
+            "add one of them or drop --linear"
+        )
 
 
 def open_folder(out):

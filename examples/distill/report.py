@@ -142,6 +142,24 @@ def difference_table(results):
     return align(rows)
 
 
+def memory_lines(results):
+    memory = results["memory"]
+    if memory["logits"]["loss"] is None:
+        return f"memory: not measured, {results['machine']['device']} does not count it"
+    label = results["students"]["objectives"][memory["objective"]]["label"]
+    lines = [
+        f"Peak memory of one batch with {label} (measured; V = {results['data']['vocab']:,}, "
+        f"{memory['tokens']:,} tokens):"
+    ]
+    for part, what in (("loss", "loss and gradient"), ("step", "whole step, models included")):
+        logits, hidden = memory["logits"][part] / 1e6, memory["hidden"][part] / 1e6
+        lines.append(
+            f"  {what}: {logits:.1f} MB with logits, {hidden:.1f} MB from hidden states "
+            f"({logits - hidden:.1f} MB saved)"
+        )
+    return "\n".join(lines)
+
+
 def full_report(results):
     data, students, seeds = results["data"], results["students"], results["seeds"]
     count = len(seeds)
@@ -161,6 +179,8 @@ def full_report(results):
     ]
     if "paired" in results:
         parts += ["", difference_table(results)]
+    if "memory" in results:
+        parts += ["", memory_lines(results)]
     return "\n".join(parts)
 
 

@@ -4,6 +4,7 @@ python examples/distill/run.py                 # about ten minutes on two CPU co
 python examples/distill/run.py --seeds 3       # with intervals
 python examples/distill/run.py --quick         # seconds, to see that it works
 python examples/distill/run.py --device cuda   # with the Triton kernels
+python examples/distill/run.py --linear        # rkl and drkl from hidden states, without the logits
 """
 
 import copy
@@ -19,14 +20,23 @@ from pathlib import Path
 try:
     import cache
     import figures
+    import memory
     import options
     import report
     import torch
-    from data import InputError, held_out_windows, load_corpus
+    from data import InputError, held_out_windows, load_corpus, training_batch
     from evaluate import diversity, evaluate, sample, sample_nll
     from model import ModelConfig, Transformer
     from progress import progress, say
-    from train import Learner, TrainConfig, checkpoint_path, cross_entropy, make_objective, train
+    from train import (
+        Learner,
+        TrainConfig,
+        checkpoint_path,
+        cross_entropy,
+        make_linear_objective,
+        make_objective,
+        train,
+    )
 
     import drkl_triton
 except ModuleNotFoundError as error:
@@ -90,7 +100,10 @@ class Demo:
             "pretraining": pretrained,
             "objectives": objectives,
         }
-        return self.collect(seeds, teacher_measured, students)
+        results = self.collect(seeds, teacher_measured, students)
+        if args.linear:
+            results["memory"] = self.measure_memory(models)
+        return results
 
     def read_data(self):
         args, start = self.args, time.monotonic()
@@ -176,19 +189,45 @@ class Demo:
         self.seconds["pretraining"] += seconds
         return student, history["student"], key
 
+    def new_learner(self, name, model, linear):
+        """linear: from hidden states, if the objective has such a form."""
+        options = self.args.temperature, self.args.backend
+        chunk_bytes = max(1, round(self.args.chunk_mb * 1e6))
+        objective = make_linear_objective(name, *options, chunk_bytes) if linear else None
+        if objective is not None:
+            return Learner(model, objective, from_hidden=True)
+        return Learner(model, make_objective(name, *options)[1])
+
+    def measure_memory(self, models):
+        """Of the first objective that has both forms; the others take the same."""
+        name = next(filter(make_linear_objective, self.args.objectives))
+        batch = training_batch(
+            self.corpus.train, self.args.batch, self.args.context, "memory", 0
+        ).to(self.device)
+        peaks = {
+            way: memory.measure(
+                self.new_learner(name, models[name], way == "hidden"),
+                self.teacher,
+                batch,
+                self.device,
+                self.dtype,
+            )
+            for way in ("logits", "hidden")
+        }
+        return {"objective": name, "tokens": batch.numel(), **peaks}
+
     def train_students(self, seed):
         """One start and one order of batches for all objectives."""
         args = self.args
         initial, pretraining, start = self.pretrain_student(seed)
         learners = {
-            name: Learner(
-                copy.deepcopy(initial), make_objective(name, args.temperature, args.backend)[1]
-            )
+            name: self.new_learner(name, copy.deepcopy(initial), args.linear)
             for name in args.objectives
         }
         config = [asdict(initial.config), asdict(self.train_config("student"))]
         where = [self.teacher_key, self.package, start]
-        key = [where, config, args.objectives, args.temperature, seed]
+        linear = [args.chunk_mb] if args.linear else []
+        key = [where, config, args.objectives, args.temperature, seed, *linear]
         history, seconds = self.train(
             learners,
             "student",

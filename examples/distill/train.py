@@ -9,15 +9,18 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import cache
 import torch
 import torch.nn.functional as F
 from data import InputError, training_batch
+from model import Head
 from progress import progress
 
-from drkl_triton import drkl, reverse_kl
+from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reverse_kl
 
 CLIP_NORM = 1.0
 
@@ -39,13 +42,18 @@ def forward_kl(student_logits, teacher_logits, temperature):
 def make_objective(name, temperature=1.0, backend="auto"):
     """(label for the reader, function) from "ce", "fkl", "rkl" or "drkl:GAMMA"."""
     options = {"temperature": temperature, "shift": True, "backend": backend}
-    kind, _, argument = name.partition(":")
     if name == "ce":
         return "cross-entropy", cross_entropy
     if name == "fkl":
         return "forward KL", lambda s, t, tokens: forward_kl(s, t, temperature)
     if name == "rkl":
         return "RKL", lambda s, t, tokens: reverse_kl(s, t, tokens, **options)
+    gamma = gamma_of(name)
+    return f"DRKL γ={gamma:g}", lambda s, t, tokens: drkl(s, t, tokens, gamma=gamma, **options)
+
+
+def gamma_of(name):
+    kind, _, argument = name.partition(":")
     try:
         gamma = float(argument) if kind == "drkl" else math.nan
     except ValueError:
@@ -54,13 +62,43 @@ def make_objective(name, temperature=1.0, backend="auto"):
         raise InputError(
             f'an objective is "ce", "fkl", "rkl" or "drkl:GAMMA" with GAMMA > 0, got "{name}"'
         )
-    return f"DRKL γ={gamma:g}", lambda s, t, tokens: drkl(s, t, tokens, gamma=gamma, **options)
+    return gamma
+
+
+def make_linear_objective(name, temperature=1.0, backend="auto", chunk_bytes=None):
+    """The same loss as f(student Head, teacher Head, tokens), which never has all the logits; None
+    for "ce" and "fkl", which have no such form. To be called under the models' autocast.
+    """
+    if name in ("ce", "fkl"):
+        return None
+    loss = linear_reverse_kl if name == "rkl" else partial(linear_drkl, gamma=gamma_of(name))
+
+    def objective(student, teacher, tokens):
+        return loss(
+            student.hidden,
+            student.matrix,
+            tokens,
+            teacher_hidden=teacher.hidden,
+            teacher_weight=teacher.matrix.detach(),
+            temperature=temperature,
+            shift=True,
+            backend=backend,
+            chunk_bytes=chunk_bytes,
+        )
+
+    return objective
 
 
 @dataclass
 class Learner:
     model: torch.nn.Module
     objective: object
+    from_hidden: bool = False  # the objective takes Heads in place of logits
+
+
+class TeacherOutput(NamedTuple):
+    head: Head | None = None
+    logits: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +156,25 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
+
+
+@torch.no_grad()
+def ask_teacher(teacher, tokens, learners, device, dtype):
+    """What these learners' objectives read of the teacher: it runs once for all."""
+    with autocast(device, dtype):
+        head = teacher.head(tokens)
+        wanted = not all(learner.from_hidden for learner in learners)
+        return TeacherOutput(head, head.logits() if wanted else None)
+
+
+def loss_of(learner, taught, tokens, device, dtype):
+    """The learner's objective on tokens [B, T]; taught: a TeacherOutput."""
+    with autocast(device, dtype):
+        head = learner.model.head(tokens)
+        if learner.from_hidden:
+            return learner.objective(head, taught.head, tokens)
+        logits = head.logits()
+    return learner.objective(logits, taught.logits, tokens)
 
 
 def descend(loss, model, optimizer, lr):
@@ -190,14 +247,11 @@ def train(
     with deferred_interrupt() as interrupted, progress(config.steps, desc, initial=step) as bar:
         while step < config.steps:
             batch = training_batch(tokens, config.batch, config.context, salt, step).to(device)
-            teacher_logits = None
+            taught = TeacherOutput()
             if teacher is not None:
-                with torch.no_grad(), autocast(device, dtype):
-                    teacher_logits = teacher(batch)
+                taught = ask_teacher(teacher, batch, learners.values(), device, dtype)
             for name, learner in learners.items():
-                with autocast(device, dtype):
-                    student_logits = learner.model(batch)
-                loss = learner.objective(student_logits, teacher_logits, batch)
+                loss = loss_of(learner, taught, batch, device, dtype)
                 norm = descend(loss, learner.model, optimizers[name], config.lr_at(step))
                 pending[name].append(torch.stack([loss.detach(), norm]))
             step += 1

@@ -1,0 +1,64 @@
+"""What the benchmarks' command lines have in common."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def add_options(parser, names, repeats):
+    """Where, who, how often and whereto. ``repeats``: the default (on a GPU, on a CPU)."""
+    add = parser.add_argument
+    add("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    add("--providers", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {names}")
+    text = f"times each call is timed; default: {repeats[0]} on a GPU, {repeats[1]} on a CPU"
+    add("--repeats", type=int, help=text)
+    add("--threads", type=int, help="CPU threads, the same for all; default: PyTorch's choice")
+    add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
+    add("--name", help="of the files, without an ending; default: the device's")
+
+
+def settle(parser, options, defaults):
+    """Fills in what depends on the device; ``defaults``: name -> (on a GPU, on a CPU)."""
+    gpu = torch.cuda.is_available()
+    options.device = torch.device(options.device or ("cuda" if gpu else "cpu"))
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda (ROCm is cuda, too), got {options.device}")
+    if options.device.type == "cuda" and not gpu:
+        parser.error("--device cuda: this PyTorch sees no GPU")
+    gpu = options.device.type == "cuda"
+    for name, (on_gpu, on_cpu) in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, on_gpu if gpu else on_cpu)
+    if gpu:
+        torch.cuda.set_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
+def progress(total):
+    return tqdm(
+        total=total,
+        bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
+        mininterval=0.3 if sys.stderr.isatty() else 20.0,
+        dynamic_ncols=True,
+    )
+
+
+def first_line(error):
+    text = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}" + (f": {text[0]}" if text else "")
+
+
+def in_turn(entries, turn):
+    """All of them, another one first each turn."""
+    first = turn % len(entries)
+    return entries[first:] + entries[:first]

@@ -1,0 +1,203 @@
+"""The inputs of the losses from hidden states, and what is right for them.
+
+The tokens are R distinct rows, again and again, so that the float64 truth of all gradients, d
+weight included, costs R rows: it sums each distinct row as often as it counts. R is a prime, with
+which no slice's length has a factor in common: a slice left out, or taken twice, changes how often
+a row counts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from linear_providers import IGNORED
+from providers import GAMMA
+from truth import bounds
+
+from drkl_triton import reference
+
+ROWS = 61
+# The gradient of the mean loss in the check: far from 1, so that a kernel that leaves it out shows.
+UPSTREAM = 300.0
+PART = 4096  # rows of a matrix that are converted to float64 at a time
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Case:
+    """One op on one shape. The logits are about 3 N(0, 1) for the student, and that + N(0, 1) for
+    the teacher; half of the labels are the teacher's favourite. ``ignored``: a share of the tokens.
+    """
+
+    op: str
+    dtype: torch.dtype
+    tokens: int
+    vocab: int
+    hidden: int
+    teacher_hidden: int
+    ignored: float
+    device: torch.device
+
+    def __post_init__(self):
+        generator = torch.Generator(self.device).manual_seed(self.vocab)
+        N, V, H, teacher_H = self.tokens, self.vocab, self.hidden, self.teacher_hidden
+        rows, both = min(ROWS, N), min(H, teacher_H)
+
+        def normal(*shape, scale=1.0):
+            return torch.randn(shape, generator=generator, device=self.device).mul_(scale)
+
+        student, teacher = normal(rows, H), normal(rows, teacher_H)
+        teacher[:, :both] = student[:, :both]
+        student_weight = normal(V, H, scale=3 * H**-0.5)
+        teacher_weight = normal(V, teacher_H, scale=teacher_H**-0.5)
+        teacher_weight[:, :both] += student_weight[:, :both]
+        self.student_weight = student_weight.to(self.dtype)
+        self.teacher_weight = teacher_weight.to(self.dtype)
+        self.distinct = student.to(self.dtype), teacher.to(self.dtype)
+        del student_weight, teacher_weight
+
+        favourite = product(self.distinct[1], self.teacher_weight, torch.float32).argmax(-1)
+        self.distinct_labels = torch.randint(V, (rows,), generator=generator, device=self.device)
+        self.distinct_labels[::2] = favourite[::2]
+        self.of_row = torch.arange(N, device=self.device) % rows
+        left_out = torch.randperm(N, generator=generator, device=self.device)
+        self.labels = self.distinct_labels[self.of_row]
+        self.labels[left_out[: round(self.ignored * N)]] = IGNORED
+        student, teacher = (x[self.of_row] for x in self.distinct)
+        self.tensors = (student, self.student_weight, teacher, self.teacher_weight, self.labels)
+
+    @property
+    def counted(self):
+        """Tokens that are not ignored."""
+        return self.tokens - round(self.ignored * self.tokens)
+
+    @property
+    def flops(self):
+        """Of the four products: both models' logits, d hidden, d weight."""
+        return 2 * self.counted * self.vocab * (3 * self.hidden + self.teacher_hidden)
+
+
+def product(hidden, weight, dtype, absolute=False):
+    """hidden @ weight.T, of absolute values if asked, in ``dtype``, without a copy of the whole
+    matrix.
+    """
+
+    def operand(x):
+        return x.to(dtype).abs() if absolute else x.to(dtype)
+
+    hidden = operand(hidden)
+    return torch.cat([hidden @ operand(part).t() for part in weight.split(PART)], dim=1)
+
+
+class Truth:
+    """Float64 results, and errors in multiples of what is allowed. As in tests/bounds.py that is
+    twice plain float32 PyTorch's own error, and what float32 must cost. To that is added
+
+        for who rounds the logits' gradient to 16 bits: the rounding of each of its elements;
+        for who rounds the logits: four times what plain PyTorch loses by it in that row, at most.
+    """
+
+    def __init__(self, case):
+        self.case = case
+        (student, teacher), labels = case.distinct, case.distinct_labels
+        self.options = {"gamma": GAMMA} if case.op == "drkl" else {}
+        # RKL without labels: the direct formula, as the other providers compute it
+        self.labels = labels if case.op == "drkl" else None
+        self.counts = torch.zeros(len(labels), device=case.device, dtype=torch.float64)
+        self.counts.index_add_(0, case.of_row, (case.labels != IGNORED).double())
+        total = self.counts.sum()
+        self.upstream = UPSTREAM / total
+
+        def logits(dtype):
+            heads = (student, case.student_weight), (teacher, case.teacher_weight)
+            return [product(*head, dtype) for head in heads]
+
+        def mean(x):
+            return (x.double() * self.counts).sum() / total
+
+        s, t = logits(torch.float64)
+        loss, self.g = self._run(s, t)
+        loss_b, self.g_b = self._run(*logits(torch.float32))
+        ones = torch.ones_like(self.counts)
+        inputs = (case.op, s, t, self.labels, ones)
+        # by how many eps a row's logits may be off: the terms that they are sums of
+        delta = sum(
+            product(x, weight, torch.float64, absolute=True).amax(-1, keepdim=True)
+            for x, weight in ((student, case.student_weight), (teacher, case.teacher_weight))
+        )
+        kappa, _ = bounds._linear_condition(*inputs, delta, **self.options)
+        self.own = 8 * EPS * (kappa + self.g.abs())
+
+        self.loss = mean(loss)
+        weights = 2 if case.op == "reverse_kl" else 1 + GAMMA
+        mass = ((reference.softmax(s) + reference.softmax(t)) * (1 + (s - t).abs())).sum(-1)
+        self.loss_limit = 2 * (mean(loss_b) - self.loss).abs()
+        self.loss_limit += 16 * EPS * weights * (1 + self.loss.abs())
+        self.loss_limit += 8 * EPS * mean(mass * delta[:, 0])
+        if case.dtype.itemsize == 2:  # what plain PyTorch makes of 16-bit logits
+            loss_16, g = self._run(*(x.float() for x in logits(case.dtype)))
+            self.g_16 = (g * self.upstream).to(case.dtype).double() / self.upstream
+            self.loss_rounding = 4 * mean((loss_16 - loss).abs())
+
+    def _run(self, s, t):
+        """(losses [R], their gradients [R, V])."""
+        ones = torch.ones(len(s), device=s.device, dtype=s.dtype)
+        function = getattr(reference, self.case.op)
+        return bounds.run(function, s, t, self.labels, ones, **self.options)
+
+    def errors(self, loss, hidden, weight, rounds=()):
+        """(loss, d hidden, d weight): the largest error in multiples of its limit; 1 or less is
+        right. ``hidden`` and ``weight`` are the gradients under UPSTREAM.
+        """
+        rounds = rounds if self.case.dtype.itemsize == 2 else ()
+        limit = self.loss_limit + (self.loss_rounding if "logits" in rounds else 0.0)
+        of_hidden, of_weight = self._hidden(hidden, rounds), self._weight(weight, rounds)
+        return bounds.ratio(loss, self.loss, limit), of_hidden, of_weight
+
+    def _parts(self, rounds):
+        """Some columns of the logits at a time: (columns, the gradient, plain PyTorch's, what an
+        element of it may be off, what plain PyTorch loses by rounding logits).
+        """
+        out = torch.finfo(self.case.dtype)
+        for c in range(0, self.case.vocab, PART):
+            columns = slice(c, c + PART)
+            g, own = self.g[:, columns], self.own[:, columns]
+            if "gradient" in rounds:  # under the upstream gradient, a small one may be a denormal
+                own = own + out.eps * g.abs() + out.smallest_normal * out.eps / self.upstream
+            lost = self.g_16[:, columns] - g if "logits" in rounds else torch.zeros_like(g)
+            yield columns, g, self.g_b[:, columns], own, lost
+
+    def _compare(self, ours, right, plain, own, lost):
+        """``ours`` has the upstream gradient in it, the others do not yet."""
+        out = torch.finfo(self.case.dtype)
+        right, own = right * self.upstream, own * self.upstream
+        plain = (plain.double() * self.upstream).to(self.case.dtype).double()
+        own = own + 4 * self.upstream * lost.abs().amax(-1, keepdim=True)
+        own = own + 2 * (plain - right).abs() + 2 * out.eps * right.abs()
+        return bounds.ratio(ours, right, own + out.smallest_normal * out.eps)
+
+    def _hidden(self, ours, rounds):
+        case, sums, worst = self.case, [0.0] * 4, 0.0
+        for columns, g, plain, own, lost in self._parts(rounds):
+            w = case.student_weight[columns]
+            wide = w.double()
+            more = g @ wide, plain @ w.float(), own @ wide.abs(), lost @ wide
+            sums = [x + y for x, y in zip(sums, more, strict=True)]
+        kept = (case.labels != IGNORED)[:, None]
+        for i in range(0, case.tokens, PART):
+            rows = slice(i, i + PART)
+            parts = (x[case.of_row[rows]] * kept[rows] for x in sums)
+            worst = max(worst, self._compare(ours[rows], *parts))
+        return worst
+
+    def _weight(self, ours, rounds):
+        h, worst = self.case.distinct[0], 0.0
+        times, wide = self.counts[:, None], h.double()
+        for columns, g, plain, own, lost in self._parts(rounds):
+            parts = (
+                (g * times).t() @ wide,
+                (plain * times.float()).t() @ h.float(),
+                (own * times).t() @ wide.abs(),
+                (lost * times).t() @ wide,
+            )
+            worst = max(worst, self._compare(ours[columns], *parts))
+        return worst
