@@ -124,7 +124,7 @@ class Truth:
             product(x, weight, torch.float64, absolute=True).amax(-1, keepdim=True)
             for x, weight in ((student, case.student_weight), (teacher, case.teacher_weight))
         )
-        kappa, _ = bounds._linear_condition(*inputs, delta, **self.options)
+        kappa, _ = bounds.linear_condition(*inputs, delta, **self.options)
         self.own = 8 * EPS * (kappa + self.g.abs())
 
         self.loss = mean(loss)

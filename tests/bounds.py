@@ -153,10 +153,11 @@ def linear_ours(name, backend, **options):
 def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
     """[loss, d hidden, d weight, ...]: the largest error over its bound; right means at most 1.
 
-    ours: per-row losses and gradients of this package under ``upstream``. The bounds are those above, and what float32
-    costs before and after the loss:
+    ours: per-row losses and gradients of this package under ``upstream``. The bounds are those
+    above, and what float32 costs before and after the loss:
 
-        a logit is a sum of products and may be off by eps delta, delta = |hidden| |weight|^T + |bias|;
+        a logit is a sum of products and may be off by eps delta, where
+        delta = |hidden| |weight|^T + |bias|;
         an element of the gradient of the logits moves by no more than its mass (1 + the terms of
         its own condition) times the row's largest delta; the products then sum condition and
         elements with absolute values.
@@ -177,7 +178,7 @@ def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
         t = logits_of(*(_to(x, torch.float64) for x in teacher))
         delta_t = _delta(*teacher)
     delta = delta_s.amax(-1, keepdim=True) + delta_t.amax(-1, keepdim=True)
-    kappa, g = _linear_condition(name, s, t, labels, upstream, delta, **options)
+    kappa, g = linear_condition(name, s, t, labels, upstream, delta, **options)
     if softcap is not None:
         y = s / softcap
         kappa = kappa + g.abs() * (1 + y * y + 2 * y.abs() * delta_s / softcap)
@@ -207,7 +208,7 @@ def _delta(hidden, weight, bias, scale, softcap):
     return logits_of(h, w, None if bias is None else bias.double().abs(), scale)
 
 
-def _linear_condition(name, s, t, labels, upstream, delta, *, temperature=1.0, **options):
+def linear_condition(name, s, t, labels, upstream, delta, *, temperature=1.0, **options):
     """(kappa, gradient) of the logits, both [..., V]."""
     options["temperature"] = temperature
     _, g = run(getattr(reference, name), s, t, labels, upstream, **options)

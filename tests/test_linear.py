@@ -7,9 +7,11 @@ import bounds
 import pytest
 import torch
 
-from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reverse_kl
+import drkl_triton
+from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reverse_kl, slices
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from timing import allocations  # noqa: E402
 
 OPS = ["reverse_kl", "drkl"]
 LOGITS = {"reverse_kl": reverse_kl, "drkl": drkl}
@@ -66,3 +68,293 @@ def run_ours(op, student, teacher, labels, upstream, recompute, backend, V, **op
     factor = torch.tensor(1.7, dtype=loss.dtype)  # an upstream gradient, taken out again below
     grads = torch.autograd.grad(loss, [x for x in leaves if x is not None], factor)
     return metrics.loss, [g / 1.7 if g.dtype.itemsize >= 4 else g.double() / 1.7 for g in grads]
+
+
+def test_a_softcap_and_a_scale_are_in_the_bound_too(backend):
+    student = head((6,), 64, 101, torch.float32, scale=0.7, softcap=5.0)
+    teacher = head((6,), 32, 101, torch.float32, bias=True, scale=1.3, softcap=8.0)
+    labels, upstream = torch.randint(101, (6,)), torch.randn(6, dtype=torch.float64)
+    inputs = ("drkl", student, teacher, labels, upstream)
+    ours = run_ours(*inputs, False, backend, 101)
+    assert max(bounds.linear_excess(*inputs, ours=ours)) <= 1
+
+
+def test_rounding_the_logits_first_would_break_the_bound():
+    student, teacher = (head((6,), 64, 997, torch.bfloat16) for _ in range(2))
+    labels, upstream = torch.randint(997, (6,)), torch.randn(6, dtype=torch.float64)
+
+    def rounded(student, teacher, labels):
+        s, t = (bounds.logits_of(*x).float() for x in (student, teacher))
+        return drkl(s, t, labels, reduction="none")
+
+    ours = bounds.run_linear(rounded, student, teacher, labels, upstream)
+    excess = bounds.linear_excess("drkl", student, teacher, labels, upstream, ours=ours)
+    assert excess[0] > 2 and max(excess[1:]) > 2, excess
+
+
+# --- every option, against the losses from float64 logits ---
+
+B, T, V, H = 2, 5, 23, 12
+
+
+def labels_and_weight():
+    labels = torch.randint(V - 3, (B, T))
+    labels[0, 1] = labels[1, 3] = -100
+    weight = torch.rand(B, T, dtype=torch.float64)
+    weight[1, 0] = 0.0
+    return labels, weight
+
+
+OPTIONS = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "recompute": {"recompute": True},
+    "one row a slice": {"chunk_bytes": 1},
+    "temperature": {"temperature": 1.7},
+    "0-dim temperature": {"temperature": torch.tensor(0.6)},
+    "weight": {"weight": ...},
+    "weight, none": {"weight": ..., "reduction": "none"},
+    "num_items": {"num_items": 3.5},
+    "0-dim num_items": {"num_items": torch.tensor(7)},
+    "num_items of 0": {"num_items": 0},
+    "shift": {"shift": True},
+    "shift, weight": {"shift": True, "weight": ..., "reduction": "sum"},
+    "ignore_index": {"ignore_index": 3},
+    "truncated teacher": {"vocab_mismatch": "truncate", "teacher_V": V - 3},
+    "truncated student": {"vocab_mismatch": "truncate", "teacher_V": V + 4},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 4.0},
+    "softcap, recompute": {"softcap": 4.0, "recompute": True},
+    "scale": {"scale": 0.3},
+    "bias, scale, softcap": {"bias": True, "scale": 0.3, "softcap": 2.0},
+    "teacher_logits": {"given": "plain"},
+    "teacher_logits, transposed": {"given": "transposed"},
+    "teacher_logits, expanded": {"given": "expanded"},
+    "teacher_logits, strided": {"given": "strided"},
+    "teacher_logits, softcap": {"given": "plain", "softcap": 4.0},
+    "support": {"given": "masked", "support": "teacher"},
+    "masked teacher": {"given": "masked"},
+}
+GIVEN = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda x: x[:1].expand(B, T, -1),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "masked": lambda x: x.masked_fill(x < x.quantile(0.2), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "without"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_does_what_it_does_for_logits(op, labelled, option, backend):
+    options = dict(OPTIONS[option])
+    if not labelled and (op == "drkl" or option == "ignore_index"):
+        pytest.skip("needs labels")
+    labels, weight = labels_and_weight()
+    if op == "drkl":
+        options["gamma"] = 0.3
+        if option == "ignore_index":
+            labels[labels == -100] = 3
+    if "weight" in options:
+        options["weight"] = weight
+    numbers = {k: options.pop(k, None) for k in ("scale", "softcap", "bias", "given", "teacher_V")}
+    layer = {"bias": bool(numbers["bias"]), "scale": numbers["scale"] or 1.0}
+    layer["softcap"] = numbers["softcap"]
+    student = head((B, T), H, V, **layer)
+    teacher = head((B, T), H + 3, numbers["teacher_V"] or V, **layer)
+    if numbers["given"]:
+        teacher = GIVEN[numbers["given"]](bounds.logits_of(*teacher))
+    more = {k: options.pop(k) for k in ("recompute", "chunk_bytes") if k in options}
+    options |= {"return_metrics": True}
+
+    def run(function):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in student[:3]]
+        loss, metrics = function((*leaves, *student[3:]), teacher, labels if labelled else None)
+        upstream = torch.sin(torch.arange(loss.numel()) + 1.0).view_as(loss).double()
+        grads = torch.autograd.grad(loss, [x for x in leaves if x is not None], upstream)
+        return loss.detach(), *grads, *(x for x in metrics if x is not None)
+
+    def from_logits(student, teacher, labels):
+        t = teacher if isinstance(teacher, torch.Tensor) else bounds.logits_of(*teacher)
+        return LOGITS[op](bounds.logits_of(*student), t, labels, backend=backend, **options)
+
+    actual = run(bounds.linear_ours(op, backend, **{"chunk_bytes": 1500} | more, **options))
+    for a, e in zip(actual, run(from_logits), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-13, equal_nan=True)
+
+
+# --- edges ---
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_of_nan_stays_alone_in_d_hidden_and_an_ignored_one_is_not_read(reduction, backend):
+    hidden, weight, *_ = head((4,), H, V, torch.float32)
+    hidden[1] = hidden[2] = float("nan")
+    hidden.requires_grad_()
+    labels = torch.tensor([1, -100, 2, 3])
+    loss = linear_drkl(
+        hidden, weight, labels, teacher_logits=torch.randn(4, V), reduction=reduction,
+        backend=backend,
+    )  # fmt: skip
+    loss.sum().backward()
+    assert hidden.grad[2].isnan().all() and (hidden.grad[1] == 0).all()
+    assert hidden.grad[[0, 3]].isfinite().all()
+    hidden.grad = None
+    loss = linear_drkl(hidden, weight, labels, teacher_logits=torch.randn(4, V), backend=backend)
+    (loss * 0.0).backward()  # an upstream gradient of 0, as for logits
+    assert (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (3,)])
+def test_without_a_row_that_counts_all_is_zero(shape, backend):
+    hidden, weight, *_ = head(shape, H, V, torch.bfloat16)
+    hidden.requires_grad_(), weight.requires_grad_()
+    labels = torch.full(shape, -100)
+    for options in ({}, {"recompute": True}):
+        loss = linear_reverse_kl(
+            hidden, weight, labels, teacher_hidden=hidden.detach(), teacher_weight=weight.detach(),
+            backend=backend, **options,
+        )  # fmt: skip
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss == 0 and all((g == 0).all() and g.dtype == torch.bfloat16 for g in grads)
+
+
+def test_frozen_and_tied_matrices():
+    hidden, weight, *_ = head((5,), H, V, torch.float32)
+    teacher = {"teacher_logits": torch.randn(5, V)}
+    labels = torch.randint(V, (5,))
+    hidden.requires_grad_()
+    linear_drkl(hidden, weight, labels, **teacher).backward()
+    assert weight.grad is None
+    tokens = torch.randint(V, (5,))
+    grads = []
+    for function in (
+        lambda h, w: linear_drkl(h, w, labels, **teacher),
+        lambda h, w: drkl(h @ w.t(), teacher["teacher_logits"], labels),
+    ):
+        tied = weight.detach().clone().requires_grad_()
+        function(tied[tokens] * 2, tied).backward()
+        grads.append(tied.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_frozen_matrix_costs_no_product(monkeypatch):
+    calls = []
+    multiply = slices.multiply
+    monkeypatch.setattr(slices, "multiply", lambda *a, **k: (calls.append(1), multiply(*a, **k)))
+    hidden, weight, *_ = head((5,), H, V, torch.float32)
+    teacher = {"teacher_hidden": hidden, "teacher_weight": weight}
+
+    def products(hidden, weight, **options):
+        calls.clear()
+        loss = linear_reverse_kl(hidden, weight, **teacher, **options)
+        if loss.requires_grad:
+            loss.sum().backward()
+        return len(calls)
+
+    leaf, matrix = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    assert products(hidden, weight) == 2
+    assert products(leaf, weight) == 3
+    assert products(leaf, matrix) == 4
+    assert products(leaf, matrix, recompute=True) == 6
+    assert products(leaf, matrix, reduction="none") == 6
+    with torch.no_grad():
+        assert products(leaf, matrix) == 2
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["in-forward", "recompute"])
+def test_memory_is_what_chunk_bytes_says_however_many_tokens(options):
+    chunk, V, H = 4 << 20, 20_000, 16
+    peaks = []
+    for N in (256, 1024):
+        hidden, weight, *_ = head((N,), H, V, torch.float32)
+        teacher = {"teacher_hidden": hidden.clone(), "teacher_weight": weight.clone()}
+        hidden.requires_grad_(), weight.requires_grad_()
+        with allocations(torch.device("cpu")) as count:
+            loss = linear_reverse_kl(hidden, weight, **teacher, chunk_bytes=chunk, **options)
+            grads = torch.autograd.grad(loss, (hidden, weight))
+        outputs = sum(g.nbytes for g in grads)
+        # the float32 gradients before they are multiplied, and the tiled backend's scratch
+        assert count.peak < chunk + 2 * outputs + 14e6
+        peaks.append(count.peak - 2 * outputs)
+    assert peaks[1] < peaks[0] + 0.5e6
+
+
+def test_plan_keeps_to_its_bytes():
+    for count in (0, 1, 5, 100, 4096, 10_000):
+        for slice_bytes, group_bytes in ((8, 0), (8, 2), (1000, 250), (10**9, 10**8)):
+            for chunk in (1, 10_000, 10**6, 10**9):
+                group, height = slices.plan(count, slice_bytes, group_bytes, chunk)
+                assert height >= 1 and group % height == 0
+                taken = height * slice_bytes + group * group_bytes
+                if height > 1:
+                    assert taken <= chunk
+
+
+# --- 16-bit products with float32 sums, as CUDA has them ---
+
+
+@pytest.fixture
+def wide_products(monkeypatch):
+    """Emulates torch.mm(..., out_dtype=torch.float32), which the CPU lacks."""
+
+    def multiply(a, b, out, add=False):
+        assert a.dtype == b.dtype
+        product = a.double() @ b.double()
+        out.copy_(out + product if add else product)
+
+    monkeypatch.setattr(slices, "multiply", multiply)
+    monkeypatch.setattr(slices, "multiplies_into_float32", lambda device, dtype: True)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_gradients_rounded_to_16_bits_for_the_product_are_right(
+    op, dtype, softcap, backend, wide_products
+):
+    student = head((37,), 64, 101, dtype, bias=True, softcap=softcap)
+    teacher = head((37,), 32, 101, dtype)
+    labels, upstream = torch.randint(101, (37,)), torch.randn(37, dtype=torch.float64)
+    inputs = (op, student, teacher, labels, upstream)
+    for recompute in (False, True):
+        ours = run_ours(*inputs, recompute, backend, 101)
+        excess = bounds.linear_excess(*inputs, ours=ours)
+        assert max(excess) <= 1, excess
+
+
+def test_a_float16_gradient_divided_by_many_tokens_does_not_vanish(wide_products):
+    student, teacher = (head((3,), 64, 101, torch.float16) for _ in range(2))
+    hidden, weight = student[0].requires_grad_(), student[1].requires_grad_()
+    logits = bounds.logits_of(*teacher)
+    options = {"teacher_logits": logits, "num_items": 1e7}
+    loss = linear_reverse_kl(hidden, weight, **options)
+    grads = torch.autograd.grad(loss, (hidden, weight), torch.tensor(65536.0 * 16))
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(
+        reverse_kl(wide[0] @ wide[1].t(), logits.double(), num_items=1e7), wide,
+        torch.tensor(65536.0 * 16, dtype=torch.float64),
+    )  # fmt: skip
+    for g, e in zip(grads, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=0.02, atol=0.02 * e.abs().max().item())
+
+
+def test_modules_are_the_functions():
+    hidden, weight, *_ = head((5,), H, V, torch.float32)
+    labels = torch.randint(V, (5,))
+    teacher = {"teacher_hidden": hidden + 1, "teacher_weight": weight, "num_items": 7}
+    options = {"student_softcap": 3.0, "teacher_scale": 0.5, "chunk_bytes": 999}
+    module = drkl_triton.LinearDRKLLoss(gamma=0.2, **options)
+    expected = linear_drkl(hidden, weight, labels, gamma=0.2, **teacher, **options)
+    assert torch.equal(module(hidden, weight, labels, **teacher), expected)
+    module = drkl_triton.LinearReverseKLLoss(**options)
+    expected = linear_reverse_kl(hidden, weight, labels, **teacher, **options)
+    assert torch.equal(module(hidden, weight, labels, **teacher), expected)
+    assert "student_softcap=3.0" in repr(module) and not module.state_dict()
+    with pytest.raises(ValueError, match="teacher_scale"):
+        drkl_triton.LinearReverseKLLoss(teacher_scale=-1.0)

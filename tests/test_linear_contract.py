@@ -1,0 +1,304 @@
+"""How the losses from hidden states behave in PyTorch, and what they say to wrong arguments."""
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from drkl_triton import LinearDRKLLoss, drkl, linear_drkl, linear_reverse_kl, slices
+
+N, H, V = 6, 8, 29
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def data(dtype=torch.float32):
+    """(student_hidden, student_weight, labels, the teacher), the first two leaves."""
+    hidden, weight = (torch.randn(n, H, dtype=dtype).requires_grad_() for n in (N, V))
+    labels = torch.randint(V, (N,))
+    labels[1] = -100
+    teacher = {"teacher_hidden": torch.randn(N, H + 2, dtype=dtype)}
+    teacher["teacher_weight"] = torch.randn(V, H + 2, dtype=dtype)
+    return hidden, weight, labels, teacher
+
+
+def dense(hidden, weight, labels, teacher, **options):
+    t = F.linear(teacher["teacher_hidden"].double(), teacher["teacher_weight"].double())
+    return drkl(F.linear(hidden.double(), weight.double()), t, labels, **options)
+
+
+def gradients(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+def close(actual, expected, tolerance=1e-5):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=tolerance * 0.1)
+
+
+WAYS = {"in forward": {}, "recompute": {"recompute": True}, "none": {"reduction": "none"}}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+@ways
+def test_backward_twice_accumulates_and_changes_no_input(way):
+    hidden, weight, labels, teacher = data()
+    before = [x.detach().clone() for x in (hidden, weight, *teacher.values())]
+    loss = linear_drkl(hidden, weight, labels, **teacher, **WAYS[way]).sum()
+    (3 * loss).backward(retain_graph=True)
+    first = [x.grad.clone() for x in (hidden, weight)]
+    loss.backward()
+    close([hidden.grad, weight.grad], [g * 4 / 3 for g in first])
+    for x, y in zip((hidden, weight, *teacher.values()), before, strict=True):
+        assert torch.equal(x.detach(), y)
+
+
+@ways
+def test_second_derivatives_raise(way):
+    hidden, weight, labels, teacher = data()
+    loss = linear_drkl(hidden, weight, labels, **teacher, **WAYS[way]).sum()
+    grads = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(grad.sum(), hidden, retain_graph=True)
+
+
+def test_same_inputs_same_bits():
+    hidden, weight, labels, teacher = data()
+    runs = [
+        gradients(linear_drkl(hidden, weight, labels, **teacher, chunk_bytes=999), hidden, weight)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@ways
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_takes_one_graph_for_all_sizes(way, compiler):
+    torch._dynamo.reset()
+    options = WAYS[way]
+
+    def function(hidden, weight, labels, t_hidden, t_weight):
+        return linear_drkl(
+            hidden, weight, labels, teacher_hidden=t_hidden, teacher_weight=t_weight,
+            return_metrics=True, **options,
+        )  # fmt: skip
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (6, 4, 5):
+        hidden, weight, labels, teacher = data()
+        leaf = hidden.detach()[:rows].clone().requires_grad_()
+        arguments = (labels[:rows], teacher["teacher_hidden"][:rows], teacher["teacher_weight"])
+        results = []
+        for run in (compiled, function):
+            loss, metrics = run(leaf, weight, *arguments)
+            results.append((loss, *gradients(loss.sum(), leaf, weight), *metrics))
+        close(*results)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@ways
+def test_autocast_multiplies_in_its_dtype(way):
+    hidden, weight, labels, teacher = data()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_drkl(hidden, weight, labels, **teacher, **WAYS[way])
+    grads = gradients(loss.sum(), hidden, weight)
+    assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads)
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
+    theirs = {k: x.bfloat16() for k, x in teacher.items()}
+    reduction = WAYS[way].get("reduction", "mean")
+    expected = dense(*rounded, labels, theirs, reduction=reduction)
+    close([loss, *grads], [expected, *gradients(expected.sum(), *rounded)])
+    with torch.autocast("cpu", torch.bfloat16):  # as after a layer: hidden states are 16-bit
+        loss = linear_drkl(hidden.bfloat16(), weight, labels, **teacher, **WAYS[way])
+    close([loss], [expected])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    hidden, weight, labels, teacher = data()
+
+    def step(x):
+        return linear_drkl(torch.tanh(x), weight, labels, **teacher)
+
+    expected = gradients(step(hidden), hidden, weight)
+    checkpoint(step, hidden, use_reentrant=reentrant).backward()
+    close([hidden.grad, weight.grad], expected)
+
+
+@ways
+def test_no_grad_and_inference_mode(way):
+    hidden, weight, labels, teacher = data()
+    expected = linear_drkl(hidden, weight, labels, **teacher, **WAYS[way])
+    with torch.no_grad():
+        loss = linear_drkl(hidden, weight, labels, **teacher, **WAYS[way])
+    assert not loss.requires_grad and torch.equal(loss, expected)
+    with torch.inference_mode():
+        loss = linear_drkl(hidden, weight, labels, **teacher, **WAYS[way])
+        theirs = {k: x.clone() for k, x in teacher.items()}
+    assert torch.equal(loss, expected)
+    loss = linear_drkl(hidden, weight, labels, **theirs, **WAYS[way])
+    close(gradients(loss.sum(), hidden, weight), gradients(expected.sum(), hidden, weight))
+
+
+def test_several_threads_at_once():
+    hidden, weight, labels, teacher = data()
+    expected = gradients(linear_drkl(hidden, weight, labels, **teacher), hidden, weight)
+    results = [None] * 6
+
+    def work(i):
+        loss = linear_drkl(hidden, weight, labels, **teacher)
+        results[i] = gradients(loss, hidden, weight)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+class Student(torch.nn.Module):
+    """Tied: the embedding is the output matrix, and the loss is part of the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(V, H)
+        self.layer = torch.nn.Linear(H, H)
+        self.loss = LinearDRKLLoss(shift=True)
+
+    def forward(self, tokens, teacher_logits, num_items):
+        hidden = torch.tanh(self.layer(self.embedding(tokens)))
+        return self.loss(
+            hidden, self.embedding.weight, tokens, teacher_logits=teacher_logits,
+            num_items=num_items,
+        )  # fmt: skip
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(V, (4, 7), generator=generator)
+    return tokens, torch.randn(4, 7, V, generator=generator)
+
+
+def distributed(rank, address, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(address))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(Student())
+    tokens, logits = batch()
+    mine = slice(2 * rank, 2 * rank + 2)
+    # DDP averages: the tokens of the whole batch, over the number of ranks
+    model(tokens[mine], logits[mine], 4 * 6 / 2).backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], results)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_have_the_gradient_of_one_process(tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    path = tmp_path / "gradients.pt"
+    ranks = [context.Process(target=distributed, args=(r, port, path)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    torch.manual_seed(0)
+    model = Student()
+    tokens, logits = batch()
+    model(tokens, logits, 4 * 6).backward()
+    close(torch.load(path), [p.grad for p in model.parameters()])
+
+
+# --- errors ---
+
+
+class Adapter(torch.nn.Module):
+    base_layer = torch.nn.Linear(H, V)
+
+
+def parameter_without_elements():
+    return torch.nn.Parameter(torch.empty(0))
+
+
+WRONG = {
+    "a module": (dict(student_weight=torch.nn.Linear(H, V)), TypeError, "pass its .weight"),
+    "an adapter": (dict(student_weight=Adapter()), TypeError, "LoRA.*merge"),
+    "ZeRO-3": (dict(student_weight=parameter_without_elements()), ValueError, "GatheredParam"),
+    "quantised": (
+        dict(student_weight=torch.zeros(V, H, dtype=torch.uint8)), TypeError, "quantised.*dequant",
+    ),
+    "transposed": (dict(student_weight=torch.randn(H, V)), ValueError, "not its transpose"),
+    "dtypes": (dict(student_weight=torch.randn(V, H).half()), TypeError, "same dtype"),
+    "integers": (dict(student_hidden=torch.zeros(N, H, dtype=torch.int64)), TypeError, "float16"),
+    "a list": (dict(student_hidden=[1.0]), TypeError, "student_hidden must be a torch.Tensor"),
+    "bias": (dict(student_bias=torch.randn(V + 1)), ValueError, r"student_bias must be \[V\]"),
+    "no teacher": (dict(teacher_hidden=None, teacher_weight=None), TypeError, "none of them"),
+    "half a teacher": (dict(teacher_weight=None), TypeError, "one of the first two"),
+    "two teachers": (dict(teacher_logits=torch.randn(N, V)), TypeError, "got both"),
+    "teacher grad": (
+        dict(teacher_weight=torch.randn(V, H + 2).requires_grad_()), ValueError,
+        r"teacher_weight requires grad.*teacher_weight\.detach\(\)",
+    ),
+    "vocabularies": (
+        dict(teacher_weight=torch.randn(V + 1, H + 2)), ValueError,
+        f"student_weight has {V} rows and teacher_weight {V + 1}.*truncate",
+    ),
+    "tokens": (dict(teacher_hidden=torch.randn(N - 1, H + 2)), ValueError, "same leading shape"),
+    "labels": (dict(labels=torch.zeros(N + 1, dtype=torch.int64)), ValueError, "student_hidden"),
+    "a label": (dict(labels=torch.full((N,), V)), ValueError, f"got {V} at"),
+    "no labels": (dict(labels=None), TypeError, "linear_drkl needs labels.*linear_reverse_kl"),
+    "shift": (dict(shift=True), ValueError, r"student_hidden\[None\]"),
+    "scale": (dict(student_scale=0.0), ValueError, "student_scale must be positive"),
+    "softcap": (dict(teacher_softcap=True), TypeError, "teacher_softcap must be a number"),
+    "chunk_bytes": (dict(chunk_bytes=0), ValueError, "chunk_bytes must be positive"),
+    "recompute": (dict(recompute=1), TypeError, "recompute must be True or False"),
+    "gamma": (dict(gamma=-1.0), ValueError, "gamma must be positive"),
+    "num_items": (dict(num_items=3, reduction="sum"), ValueError, "num_items"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_say_what_to_do(case):
+    hidden, weight, labels, teacher = data()
+    given = dict(student_hidden=hidden, student_weight=weight, labels=labels, **teacher)
+    changes, error, message = WRONG[case]
+    with pytest.raises(error, match=f"(?s){message}"):
+        linear_drkl(**(given | changes))
+
+
+def test_layer_options_do_not_belong_to_teacher_logits():
+    hidden, weight, labels, _ = data()
+    for extra in ({"teacher_scale": 2.0}, {"teacher_softcap": 3.0}, {"teacher_bias": labels}):
+        with pytest.raises(ValueError, match="belong to teacher_hidden"):
+            linear_reverse_kl(hidden, weight, teacher_logits=torch.randn(N, V), **extra)
+
+
+def test_torch_func_is_an_error():
+    hidden, weight, labels, teacher = data()
+    with pytest.raises(TypeError, match="torch.func"):
+        torch.func.grad(lambda h: linear_drkl(h, weight, labels, **teacher))(hidden.detach())
+
+
+def test_the_default_of_chunk_bytes_is_in_force(monkeypatch):
+    hidden, weight, labels, teacher = data()
+    expected = linear_drkl(hidden, weight, labels, **teacher)
+    heights = []
+    plan = slices.plan
+    monkeypatch.setattr(slices, "plan", lambda *a: heights.append(plan(*a)) or heights[-1])
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(linear_drkl(hidden, weight, labels, **teacher), expected)
+    assert heights == [(1, 1)]
