@@ -1,11 +1,15 @@
 """How the losses from hidden states behave in PyTorch, and what they say to wrong arguments."""
 
 import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from drkl_triton import LinearDRKLLoss, drkl, linear_drkl, linear_reverse_kl, slices
@@ -35,7 +39,8 @@ def gradients(loss, *leaves):
 
 def close(actual, expected, tolerance=1e-5):
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=tolerance * 0.1)
+        atol = tolerance * e.detach().abs().amax().item()
+        torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=atol)
 
 
 WAYS = {"in forward": {}, "recompute": {"recompute": True}, "none": {"reduction": "none"}}
@@ -86,18 +91,20 @@ def test_compile_takes_one_graph_for_all_sizes(way, compiler):
             return_metrics=True, **options,
         )  # fmt: skip
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     for rows in (6, 4, 5):
         hidden, weight, labels, teacher = data()
         leaf = hidden.detach()[:rows].clone().requires_grad_()
-        arguments = (labels[:rows], teacher["teacher_hidden"][:rows], teacher["teacher_weight"])
+        theirs = teacher["teacher_hidden"][:rows].clone(), teacher["teacher_weight"]
+        arguments = (labels[:rows].clone(), *theirs)
         results = []
         for run in (compiled, function):
             loss, metrics = run(leaf, weight, *arguments)
             results.append((loss, *gradients(loss.sum(), leaf, weight), *metrics))
         close(*results)
-    assert counter.frame_count == 1
+    # an empty graph is counted, too
+    assert len([g for g in counter.graphs if len(g.graph.nodes)]) == 1
     torch._dynamo.reset()
 
 
@@ -203,19 +210,22 @@ def distributed(rank, address, results):
 
 
 def test_two_ranks_have_the_gradient_of_one_process(tmp_path):
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    path = tmp_path / "gradients.pt"
-    ranks = [context.Process(target=distributed, args=(r, port, path)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode == 0
+    path = str(tmp_path / "gradients.pt")
+    code = (
+        "import runpy, sys; f = runpy.run_path(sys.argv[1])['distributed']; f(*eval(sys.argv[2]))"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, __file__, repr((rank, port, path))])
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     torch.manual_seed(0)
     model = Student()
     tokens, logits = batch()
