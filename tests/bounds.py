@@ -150,7 +150,7 @@ def linear_ours(name, backend, **options):
     return call
 
 
-def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
+def linear_excess(name, student, teacher, labels, upstream, *, ours, rounding=0.0, **options):
     """[loss, d hidden, d weight, ...]: the largest error over its bound; right means at most 1.
 
     ours: per-row losses and gradients of this package under ``upstream``. The bounds are those
@@ -161,6 +161,9 @@ def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
         an element of the gradient of the logits moves by no more than its mass (1 + the terms of
         its own condition) times the row's largest delta; the products then sum condition and
         elements with absolute values.
+
+    rounding: the relative error of rounding the gradient of the logits before these products, where
+    that is done (to the 16 bits that tensor cores multiply).
     """
     inputs = (name, student, teacher, labels, upstream)
     loss, grads = linear_truth(*inputs, torch.float64, **options)
@@ -184,10 +187,10 @@ def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
         kappa = kappa + g.abs() * (1 + y * y + 2 * y.abs() * delta_s / softcap)
         g = g * (1 - y * y)
     kappa, g = kappa.flatten(0, -2) * scale, g.flatten(0, -2).abs() * scale
-    kappa = kappa + g  # what the products add
-    h = hidden.flatten(0, -2).abs()
-    kappas = [(kappa @ weight.abs()).view(hidden.shape), kappa.t() @ h, kappa.sum(0)]
-    del kappa, g
+    h, w = hidden.flatten(0, -2).abs(), weight.abs()
+    # each element of the gradient counts itself, too: the products add up rounded terms
+    terms = 8 * eps * (kappa + g) + rounding * g
+    own = [(terms @ w).view(hidden.shape), terms.t() @ h, terms.sum(0)]
 
     gamma = options.get("gamma", 0.5) if name == "drkl" else 1.0
     p_and_q = reference.softmax(s) + reference.softmax(t)
@@ -195,10 +198,10 @@ def linear_excess(name, student, teacher, labels, upstream, *, ours, **options):
     bound = 2 * (loss_b.double() - loss).abs() + 16 * eps * (1 + gamma) * (1 + loss.abs())
     ratios = [ratio(ours_loss, loss, bound + 8 * eps * moved)]
     denormal = out.smallest_normal * out.eps + torch.finfo(ours_loss.dtype).smallest_normal
-    for ours_g, truth, base, k in zip(ours_grads, grads, grads_b, kappas, strict=False):
+    for ours_g, truth, base, o in zip(ours_grads, grads, grads_b, own, strict=False):
         base = base.to(student[0].dtype).double()
-        own = 8 * eps * k + 2 * out.eps * truth.abs() + denormal
-        ratios.append(ratio(ours_g, truth, 2 * (base - truth).abs() + own))
+        o = o + 2 * out.eps * truth.abs() + denormal
+        ratios.append(ratio(ours_g, truth, 2 * (base - truth).abs() + o))
     return ratios
 
 

@@ -322,9 +322,11 @@ def test_gradients_rounded_to_16_bits_for_the_product_are_right(
     teacher = head((37,), 32, 101, dtype)
     labels, upstream = torch.randint(101, (37,)), torch.randn(37, dtype=torch.float64)
     inputs = (op, student, teacher, labels, upstream)
+    # half a unit; the interpreter truncates to bfloat16
+    rounding = torch.finfo(dtype).eps / (1 if backend == "triton" else 2)
     for recompute in (False, True):
         ours = run_ours(*inputs, recompute, backend, 101)
-        excess = bounds.linear_excess(*inputs, ours=ours)
+        excess = bounds.linear_excess(*inputs, ours=ours, rounding=rounding)
         assert max(excess) <= 1, excess
 
 
