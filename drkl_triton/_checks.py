@@ -398,7 +398,8 @@ def denominator(num_items: float | Tensor | None, reduction: str) -> None:
 def shift_shape(student: Tensor, of: str) -> None:
     if student.dim() < 3:
         raise ValueError(
-            f"shift=True needs [B, T, ...] {of}, got shape {tuple(student.shape)}: flattened rows "
+            f"shift=True needs {of} of shape [B, T, {'V' if of.endswith('logits') else 'H'}], got "
+            f"shape {tuple(student.shape)}: flattened rows "
             "would be scored with the "
             f"next sequence's first label; pass the unflattened tensors ({of}[None] for one "
             "sequence)"

@@ -271,7 +271,7 @@ WRONG = {
     "labels": (dict(labels=torch.zeros(N + 1, dtype=torch.int64)), ValueError, "student_hidden"),
     "a label": (dict(labels=torch.full((N,), V)), ValueError, f"got {V} at"),
     "no labels": (dict(labels=None), TypeError, "linear_drkl needs labels.*linear_reverse_kl"),
-    "shift": (dict(shift=True), ValueError, r"student_hidden\[None\]"),
+    "shift": (dict(shift=True), ValueError, r"\[B, T, H\].*student_hidden\[None\]"),
     "scale": (dict(student_scale=0.0), ValueError, "student_scale must be positive"),
     "softcap": (dict(teacher_softcap=True), TypeError, "teacher_softcap must be a number"),
     "chunk_bytes": (dict(chunk_bytes=0), ValueError, "chunk_bytes must be positive"),
