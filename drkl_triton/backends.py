@@ -248,4 +248,4 @@ def scaled(x, factor, dtype):
 
 @scaled.register_fake
 def _(x, factor, dtype):
-    return torch.empty_like(x, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype)

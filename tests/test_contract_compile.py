@@ -8,7 +8,16 @@ import torch
 import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from drkl_triton import DRKLLoss, ReverseKLLoss, drkl, log_softmax, reverse_kl, softmax
+from drkl_triton import (
+    DRKLLoss,
+    ReverseKLLoss,
+    drkl,
+    linear_drkl,
+    linear_reverse_kl,
+    log_softmax,
+    reverse_kl,
+    softmax,
+)
 
 V = 37
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -325,6 +334,15 @@ def recorded(backend, dtype=torch.float32):
         reverse_kl(s, t, weight=weight.T.contiguous().T, **options)
         softmax(s, backend=backend).sum().backward()
         log_softmax(s, backend=backend)[..., 0].sum().backward()
+        head = torch.randn(3, 2, 4, dtype=dtype).transpose(0, 1).requires_grad_()
+        matrix, bias = (torch.randn(*n, dtype=dtype).requires_grad_() for n in ((V, 4), (V,)))
+        teacher = dict(teacher_hidden=head.detach(), teacher_weight=matrix.detach())
+        for more in ({}, {"recompute": True}):
+            linear_drkl(
+                head, matrix, y.T, **teacher, student_bias=bias, backend=backend, **more
+            ).backward()
+        linear_reverse_kl(head, matrix, teacher_logits=s.detach()[..., :V].transpose(0, 1),
+                          backend=backend, student_softcap=3.0).backward()  # fmt: skip
     return calls
 
 
@@ -332,7 +350,8 @@ def test_ops_pass_opcheck(backend):
     """Schema, fake implementation and dynamic tracing agree with what each op does."""
     calls = recorded(backend)
     names = {function._schema.name.split("::")[1] for function, _, _ in calls}
-    assert names == {"row_labels", "row_sums", "row_grad", "softmax", "softmax_backward"}
+    logits = {"row_labels", "row_sums", "row_grad", "softmax", "softmax_backward"}
+    assert names == logits | {"linear", "scaled"}
     for function, args, kwargs in calls:
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
