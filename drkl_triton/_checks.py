@@ -184,7 +184,7 @@ def _module_message(name: str, module: torch.nn.Module) -> str:
 
 def _is_wrapper(x: Tensor) -> bool:
     """A subclass that stands for other tensors: torchao's quantised ones, for example."""
-    return hasattr(type(x), "__tensor_flatten__") and type(x) is not Tensor
+    return hasattr(type(x), "__tensor_flatten__")
 
 
 def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> torch.dtype:

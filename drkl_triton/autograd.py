@@ -119,27 +119,17 @@ class SoftmaxFunction(torch.autograd.Function):
 class LinearFunction(torch.autograd.Function):
     """Per-row losses from hidden states: (loss [N], *metrics [N]). Backward makes the logits again.
 
-    ``numbers``, here and below: what the op takes besides tensors.
+    The tensors, here and below: the student's hidden states, matrix and bias, the teacher's and its
+    logits, label, inv_temperature, gamma. ``numbers``: what the op takes besides.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
-        teacher_logits: Tensor | None,
-        label: Tensor,
-        inv_temperature: Tensor,
-        gamma: Tensor | None,
         numbers: LinearNumbers,
+        *tensors: Tensor | None,
     ):
-        student = (student_hidden, student_weight, student_bias)
-        teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
-        rows = (label, inv_temperature, gamma)
+        student, teacher, rows = tensors[:3], tensors[3:7], tensors[7:10]
         sums, *_ = _linear(student, teacher, rows, None, None, numbers)
         out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
         # tensors from torch.inference_mode() cannot be saved in the graph, and need no watching
@@ -166,41 +156,28 @@ class LinearFunction(torch.autograd.Function):
                 for g, x, want in zip(grads, student, ctx.numbers.wanted, strict=True)
             ]
         grads = [None if g is None else _first_order(g, *student[:2], grad_loss) for g in grads]
-        return *grads, *[None] * 8
+        return None, *grads, *[None] * 7
 
 
 class LinearMeanFunction(torch.autograd.Function):
     """The reduced loss from hidden states, with the gradients made in forward: (reduced, loss [N],
-    *metrics [N]), of which the first has a gradient. Arguments as above, and those of
-    ``_reduction.reduce`` and its derivative.
+    *metrics [N]), of which the first has a gradient. Tensors as above, then the weights and the
+    denominator of ``_reduction.reduce``, and its derivative.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
-        teacher_logits: Tensor | None,
-        label: Tensor,
-        inv_temperature: Tensor,
-        gamma: Tensor | None,
-        weights: Tensor | None,
-        denominator: Tensor | None,
-        upstream: Tensor,
         numbers: LinearNumbers,
+        *tensors: Tensor | None,
     ):
-        student = (student_hidden, student_weight, student_bias)
-        teacher = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
-        rows = (label, inv_temperature, gamma)
+        student, teacher, rows = tensors[:3], tensors[3:7], tensors[7:10]
+        weights, denominator, upstream = tensors[10:]
         sums, *grads = _linear(student, teacher, rows, upstream, None, numbers)
         out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
         # "mean" without a denominator is the sum
         reduced = _reduction.reduce(out[0], weights, denominator, "mean")
-        ctx.save_for_backward(*grads, student_hidden, student_weight)
+        ctx.save_for_backward(*grads, *student[:2])
         ctx.dtypes = [None if x is None else x.dtype for x in student]
         ctx.numbers = numbers
         ctx.mark_non_differentiable(*out)
@@ -215,7 +192,7 @@ class LinearMeanFunction(torch.autograd.Function):
                 for g, dtype, want in zip(grads, ctx.dtypes, ctx.numbers.wanted, strict=True)
             ]
         grads = [None if g is None else _first_order(g, hidden, weight, grad) for g in grads]
-        return *grads, *[None] * 11
+        return None, *grads, *[None] * 10
 
 
 class LinearNumbers(NamedTuple):

@@ -204,14 +204,14 @@ def _linear(
     )
     tensors = (*student[:3], *teacher[:3], teacher_logits, label, inv_temperature, gamma)
     if reduction == "none" or recompute or not any(wanted):
-        rows, *fields = LinearFunction.apply(*tensors, numbers)
+        rows, *fields = LinearFunction.apply(numbers, *tensors)
         loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)
     else:
         upstream = _reduction.derivative(codes, weights, denominator, acc).view(-1)
         if weights is not None:
             weights = weights.view(-1)
         loss, rows, *fields = LinearMeanFunction.apply(
-            *tensors, weights, denominator, upstream, numbers
+            numbers, *tensors, weights, denominator, upstream
         )
     return (loss, RowMetrics.of(rows, *fields, shape=shape)) if metrics else loss
 
