@@ -64,11 +64,10 @@ def _plain_tensor(name: str, x: Tensor) -> None:
 
 def dense(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
-        layout = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(
-            f"{name} must be a dense (strided) tensor, got {layout}; convert it with .to_dense(), "
-            "or pad a nested tensor"
-        )
+        layout, hint = f"layout {x.layout}", "convert it with .to_dense()"
+        if x.is_nested:
+            layout, hint = "a nested tensor", "pad it with .to_padded_tensor(0.0)"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}; {hint}")
 
 
 def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
@@ -84,25 +83,27 @@ def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
     same_device("teacher_logits", teacher, student, "student_logits")
     detached("teacher_logits", teacher)
     sizes = student.shape[-1], teacher.shape[-1]
-    return vocabulary(*sizes, ("student_logits", "teacher_logits", "columns"), vocab_mismatch)
+    return vocabulary(*sizes, ("student_logits", "teacher_logits", ""), vocab_mismatch)
 
 
 def detached(name: str, x: Tensor) -> None:
     if x.requires_grad:
+        # a parameter requires grad under no_grad, too
+        other = "teacher.requires_grad_(False)" if x.is_leaf else "torch.no_grad()"
         raise ValueError(
             f"{name} requires grad, but gradients flow to the student alone; "
-            f"compute the teacher under torch.no_grad() or pass {name}.detach()"
+            f"compute the teacher under {other} or pass {name}.detach()"
         )
 
 
 def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismatch: str) -> int:
-    """The number of columns that count. names: of student and teacher, and of what they have."""
+    """The number of columns that count. names: of student and teacher, and a hint or ""."""
     if V != teacher_V and vocab_mismatch == "error":
-        student, teacher, what = names
+        student, teacher, hint = names
         raise ValueError(
-            f"{student} has {V} {what} and {teacher} {teacher_V}; if the first "
+            f"{student} has a vocabulary of {V} and {teacher} of {teacher_V}; if the first "
             f"{min(V, teacher_V)} mean the same "
-            'tokens in both, pass vocab_mismatch="truncate"'
+            f'tokens in both, pass vocab_mismatch="truncate"{hint}'
         )
     return min(V, teacher_V)
 
@@ -113,7 +114,9 @@ def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismat
 def head(who: str, hidden, weight, bias, scale, softcap) -> None:
     """A model's output layer. who: "student" or "teacher"."""
     names = [f"{who}_{part}" for part in ("hidden", "weight", "bias")]
-    _floats(names[0], hidden, "[..., H]", "pass the model's last hidden states")
+    _floats(
+        names[0], hidden, "[..., H]", "pass the model's last hidden states, .last_hidden_state say"
+    )
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(
             f"{names[0]} must be [..., H] with at least one column, got shape "
@@ -145,16 +148,16 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
     if isinstance(weight, Tensor) and not torch.compiler.is_compiling():
         if weight.numel() == 0 and weight.layout == torch.strided:
             raise ValueError(
-                f"{name} has no elements, got shape {tuple(weight.shape)}; a matrix that ZeRO-3 or "
-                "FSDP has partitioned must be gathered first: call the loss inside deepspeed.zero."
+                f"{name} has no elements, got shape {tuple(weight.shape)}; pass [V, H]. If ZeRO-3 "
+                "or FSDP has partitioned it, gather it first: call the loss inside deepspeed.zero."
                 "GatheredParameters([weight], ...), or inside the forward of the module that owns "
                 "it"
             )
         if weight.dtype not in FLOATS or weight.is_quantized:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {weight.dtype} "
-                f"({type(weight).__name__}); a quantised matrix must be dequantised first, or pass "
-                "teacher_logits if it is the teacher's"
+                f"({type(weight).__name__}); dequantise a quantised matrix first, convert another, "
+                "or pass teacher_logits if it is the teacher's"
             )
         if not hasattr(weight, "device_mesh") and _is_wrapper(weight):
             raise TypeError(
@@ -168,6 +171,7 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
             f"{name} must be [V, H] with the H of {hidden_name} {tuple(hidden.shape)}, got shape "
             f"{tuple(weight.shape)}; pass the .weight of a Linear layer from {hidden.shape[-1]} "
             "features, not its transpose"
+            + ("; logits belong in teacher_logits" if name == "teacher_weight" else "")
         )
     same_device(name, weight, hidden, hidden_name)
 
@@ -187,17 +191,22 @@ def _is_wrapper(x: Tensor) -> bool:
     return hasattr(type(x), "__tensor_flatten__")
 
 
+def autocasting(device: str) -> bool:
+    """Whether autocast is on; there are devices, such as meta, that have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> torch.dtype:
     """The dtype in which ``hidden`` and ``weight`` are multiplied, as a Linear layer would."""
-    device = hidden.device.type
     wide = torch.float64 in (hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and not wide:
-        return torch.get_autocast_dtype(device)
+    if autocasting(hidden.device.type) and not wide:
+        return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
+        where = ", float64 under autocast, too," if wide else " outside of autocast"
         raise TypeError(
-            f"{hidden_name} and {name} must have the same dtype outside of autocast, got "
-            f"{hidden.dtype} and {weight.dtype}; convert one, {hidden_name}.to({name}.dtype) for "
-            "example"
+            f"{hidden_name} and {name} must have the same dtype{where}, got "
+            f"{hidden.dtype} and {weight.dtype}; call the loss inside the autocast block that made "
+            f"the hidden states, or convert one, {hidden_name}.to({name}.dtype) for example"
         )
     return weight.dtype
 
@@ -207,8 +216,9 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str):
     columns that count, the dtypes of the student's and of the teacher's matrix product).
     """
     one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
-    _teacher_is_one(*teacher, teacher_logits)
     head("student", *student)
+    head_numbers("teacher", *teacher[3:])
+    _teacher_is_one(*teacher, teacher_logits)
     hidden, matrix = student[:2]
     dtype = product_dtype("student_weight", matrix, "student_hidden", hidden)
     if teacher_logits is None:
@@ -216,12 +226,12 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str):
         source, source_name = teacher[0], "teacher_hidden"
         teacher_dtype = product_dtype("teacher_weight", teacher[1], source_name, source)
         sizes = matrix.shape[0], teacher[1].shape[0]
-        names = "student_weight", "teacher_weight", "rows"
+        names = "student_weight", "teacher_weight", ""
     else:
         logits("teacher_logits", teacher_logits)
         source, source_name, teacher_dtype = teacher_logits, "teacher_logits", None
         sizes = matrix.shape[0], teacher_logits.shape[-1]
-        names = "student_weight", "teacher_logits", "rows and columns"
+        names = "student_weight", "teacher_logits", "; hidden states belong in teacher_hidden"
     if hidden.shape[:-1] != source.shape[:-1]:
         raise ValueError(
             f"student_hidden and {source_name} must have the same leading shape, got "
@@ -239,11 +249,14 @@ def _teacher_is_one(hidden, weight, bias, scale, softcap, logits) -> None:
     """That the teacher comes either as hidden states and matrix, or as logits."""
     if logits is None:
         if hidden is None or weight is None:
+            got, missing = "none of them", "both of the first, or the last"
+            if hidden is not None:
+                got, missing = "teacher_hidden alone", "teacher_weight, too"
+            elif weight is not None:
+                got, missing = "teacher_weight alone", "teacher_hidden, too"
             raise TypeError(
                 "the teacher must be given as teacher_hidden [..., H] and teacher_weight [V, H], "
-                "or as teacher_logits [..., V], got "
-                + ("none of them" if hidden is weight else "one of the first two")
-                + "; pass both of the first, or the last"
+                f"or as teacher_logits [..., V], got {got}; pass {missing}"
             )
         return
     if hidden is not None or weight is not None:
@@ -261,7 +274,7 @@ def _teacher_is_one(hidden, weight, bias, scale, softcap, logits) -> None:
 def linear_options(*, chunk_bytes, recompute) -> None:
     """The options of the losses from hidden states alone."""
     if chunk_bytes is not None:
-        integer("chunk_bytes", chunk_bytes)
+        integer("chunk_bytes", chunk_bytes, "256 * 2**20")
         if chunk_bytes < 1:
             raise ValueError(
                 f"chunk_bytes must be positive, got {chunk_bytes}; pass the bytes that a slice of "
@@ -293,7 +306,7 @@ def same_device(name: str, x: Tensor, student: Tensor, of: str) -> None:
 
 
 def row_tensor(
-    name: str, x: Tensor, student: Tensor, of: str, dtypes: tuple | None, what: str
+    name: str, x: Tensor, student: Tensor, of: str, dtypes: tuple | None, what: str, hint: str
 ) -> None:
     """labels or weight: one value a row of the student's tensor, which is called ``of``."""
     if not isinstance(x, Tensor):
@@ -301,15 +314,17 @@ def row_tensor(
             f"{name} must be a torch.Tensor of {what}, got {type(x).__name__}; convert it with "
             "torch.as_tensor"
         )
-    dense(name, x)
-    if (dtypes is not None and x.dtype not in dtypes) or x.is_complex():
-        raise TypeError(f"{name} must be {what}, got {x.dtype}; convert it with .to()")
+    if not torch.compiler.is_compiling():
+        _plain_tensor(name, x)
     if x.shape != student.shape[:-1]:
+        shifted = x.dim() > 1 and x.shape == (*student.shape[:-2], student.shape[-2] - 1)
         raise ValueError(
             f"{name} must have the leading shape of {of}, {tuple(student.shape[:-1])}, "
             f"got {tuple(x.shape)}; "
-            "give one value per token"
+            "give one value per token" + (", unshifted, and pass shift=True" if shifted else "")
         )
+    if (dtypes is not None and x.dtype not in dtypes) or x.is_complex():
+        raise TypeError(f"{name} must be {what}, got {x.dtype}; {hint}")
     same_device(name, x, student, of)
 
 
@@ -324,9 +339,11 @@ def labels_given(function: str, labels: Tensor | None) -> None:
 def rows(labels: Tensor | None, weight: Tensor | None, shift: bool, student: Tensor, of: str):
     """What there is one of a token."""
     if labels is not None:
-        row_tensor("labels", labels, student, of, (torch.int64, torch.int32), "int64 (or int32)")
+        hint = "pass token ids (a mask belongs in weight, or is ignore_index in the labels)"
+        dtypes = torch.int64, torch.int32
+        row_tensor("labels", labels, student, of, dtypes, "int64 (or int32)", hint)
     if weight is not None:
-        row_tensor("weight", weight, student, of, None, "real numbers")
+        row_tensor("weight", weight, student, of, None, "real numbers", "convert it with .to()")
     if shift:
         shift_shape(student, of)
 
@@ -354,6 +371,8 @@ def positive(name: str, value: float | Tensor) -> None:
 def _number(name: str, value, expected: str, hint: str) -> None:
     """A real number that is no bool, or a real 0-dim tensor."""
     if isinstance(value, Tensor):
+        if not torch.compiler.is_compiling():
+            _plain_tensor(name, value)
         if value.dim() != 0 or value.is_complex():
             raise ValueError(
                 f"{name} must be {expected}, got a {value.dtype} tensor of shape "
@@ -365,13 +384,16 @@ def _number(name: str, value, expected: str, hint: str) -> None:
         )
 
 
-def integer(name: str, value) -> None:
+def integer(name: str, value, example: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
-            f"{name} must be an int, got {type(value).__name__}; pass a Python int such as -100"
+            f"{name} must be an int, got {type(value).__name__}; pass a Python int such as "
+            f"{example}"
         )
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into int64, got {value}; pass a number such as -100")
+        raise ValueError(
+            f"{name} must fit into int64, got {value}; pass a number such as {example}"
+        )
 
 
 def flag(name: str, value) -> None:
@@ -406,6 +428,18 @@ def shift_shape(student: Tensor, of: str) -> None:
         )
 
 
+def known_options(module: str, unknown: dict) -> None:
+    """That nothing is left over of what a loss module was made with."""
+    if unknown:
+        names = ", ".join(unknown)
+        hint = (
+            "weight and num_items belong to the call, module(..., weight=..., num_items=...)"
+            if unknown.keys() & {"weight", "num_items"}
+            else f"help({module}) lists them"
+        )
+        raise TypeError(f"{module} must be given its options alone, got {names}; {hint}")
+
+
 def divergence_options(
     *, reduction, support, backend, ignore_index, shift, return_metrics, temperature, num_items
 ) -> None:
@@ -413,7 +447,7 @@ def divergence_options(
     one_of("reduction", reduction, REDUCTIONS)
     one_of("support", support, ("full", "teacher"))
     one_of("backend", backend, BACKENDS)
-    integer("ignore_index", ignore_index)
+    integer("ignore_index", ignore_index, "-100")
     flag("shift", shift)
     flag("return_metrics", return_metrics)
     positive("temperature", temperature)

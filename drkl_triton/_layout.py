@@ -28,12 +28,14 @@ def rows_of(tensor: torch.Tensor) -> Rows:
     """``tensor`` [..., V] as Rows, without a copy where its leading strides reduce to two and its
     last dimension is dense.
     """
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
+    return rows_in_place(tensor) or rows_in_place(tensor.contiguous())
+
+
+def rows_in_place(tensor: torch.Tensor) -> Rows | None:
+    """``tensor`` as Rows if that takes no copy."""
     leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])
-    if len(leading) > 2:
-        tensor = tensor.contiguous()
-        leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])
+    if len(leading) > 2 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        return None
     (_, outer), (inner, stride) = [(1, 0), (1, 0), *leading][-2:]
     return Rows(tensor, max(1, inner), (outer, stride))
 

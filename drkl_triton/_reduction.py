@@ -38,18 +38,21 @@ def parts(
 def reduce(
     loss: Tensor, weights: Tensor | None, denominator: Tensor | None, reduction: str
 ) -> Tensor:
-    if weights is not None:
-        loss = loss * weights
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if denominator is None else _divide(total, denominator)
+        return loss if weights is None else loss * weights
+    return total(loss, weights, denominator)
+
+
+def total(loss: Tensor, weights: Tensor | None, denominator: Tensor | None) -> Tensor:
+    """The sum, or without a denominator of None the mean."""
+    result = (loss if weights is None else loss * weights).sum()
+    return result if denominator is None else _divide(result, denominator)
 
 
 def derivative(
     codes: Tensor, weights: Tensor | None, denominator: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """What ``reduce`` multiplies each row's loss with, [...]."""
+    """What ``total`` multiplies each row's loss with, [...]."""
     weights = (codes != IGNORED).to(dtype) if weights is None else weights
     return weights if denominator is None else _divide(weights, denominator)
 

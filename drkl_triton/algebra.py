@@ -59,6 +59,7 @@ class RowMetrics(NamedTuple):
     def of(cls, *fields: Tensor, shape: torch.Size) -> RowMetrics:
         """From what :func:`losses` returns, [N] each."""
         loss, *rest = (x.detach().view(shape) for x in fields)
+        loss = loss.clone()  # the caller may write into the loss, which is these numbers
         return cls(loss, *[None] * (5 - len(rest)), *rest)
 
 
@@ -188,16 +189,8 @@ def gradient_scalars(
     where log q^_k - log p^_k - N = ((s_k - m_s) - (t_k - m_t) - slope) / temperature.
     """
     row = _read(sums, inv_temperature, labelled, label)
-    has_label = label >= 0
     up = upstream * inv_temperature
-    if labelled:
-        log_q, log_rest = logsigmoid(row.u), logsigmoid(-row.u)
-        rest = log_rest.exp()
-        pull = row.u - row.v if gamma is not None else row.u - row.v - row.nontarget_kl
-        g_y = torch.where(row.no_target | ~has_label, 0.0, (log_q + log_rest).exp() * pull)
-        weight = torch.where(has_label, rest if gamma is None else gamma, 1.0)
-    else:
-        g_y, weight = torch.zeros_like(up), torch.ones_like(up)
+    weight, g_y = _weight_and_pull(row, label, gamma, labelled)
     w1 = up * weight * inv_temperature / sums[1]
     w0 = -up * (weight * row.slope * inv_temperature + g_y) / sums[1]
     # a row that the caller weighs with 0 (num_items=0, say) has gradient 0, whatever it holds
@@ -214,6 +207,36 @@ def gradient_scalars(
     at_label = torch.where(live, up * g_y, poison)
     shift = torch.where(zero, INF, shift)
     return torch.stack([sums[0], sums[4], shift, w1, w0, at_label, sums[8]])
+
+
+def _weight_and_pull(
+    row: _Row, label: Tensor, gamma: Tensor | None, labelled: bool
+) -> tuple[Tensor, Tensor]:
+    """W and g_y of :func:`gradient_scalars`."""
+    if not labelled:
+        return torch.ones_like(row.slope), torch.zeros_like(row.slope)
+    has_label = label >= 0
+    log_q, log_rest = logsigmoid(row.u), logsigmoid(-row.u)
+    pull = row.u - row.v if gamma is not None else row.u - row.v - row.nontarget_kl
+    g_y = torch.where(row.no_target | ~has_label, 0.0, (log_q + log_rest).exp() * pull)
+    return torch.where(has_label, log_rest.exp() if gamma is None else gamma, 1.0), g_y
+
+
+def gradient_bound(
+    sums: Tensor, label: Tensor, inv_temperature: Tensor, gamma: Tensor | None, labelled: bool
+) -> Tensor:
+    """What no element of a row's gradient exceeds, [N], for an upstream gradient of 1; 0 where the
+    gradient is 0 or NaN.
+
+    One term of a KL divergence, q_k log(q_k / p_k), is at least -1/e, and so at most the divergence
+    plus 1/e: the others come to no less than -1/e. So with N = KL(q^ || p^)
+
+        |q^_k (W (log q^_k - log p^_k - N) - g_y)| <= W (N + 1) + |g_y|
+    """
+    row = _read(sums, inv_temperature, labelled, label)
+    weight, g_y = _weight_and_pull(row, label, gamma, labelled)
+    bound = inv_temperature * (weight * (row.nontarget_kl + 1) + g_y.abs())
+    return torch.where((label == IGNORED) | ~bound.isfinite(), 0.0, bound)
 
 
 def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:

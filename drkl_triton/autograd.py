@@ -1,5 +1,5 @@
-"""The ``torch.autograd.Function``s. Forward keeps O(rows) beside its inputs; backward recomputes
-from the logits.
+"""The ``torch.autograd.Function``s. Forward keeps O(rows) beside its inputs and backward recomputes
+from the logits; LinearMeanFunction alone keeps its gradients instead.
 """
 
 from __future__ import annotations
@@ -40,6 +40,27 @@ def _first_order(grad: Tensor, *sources: Tensor) -> Tensor:
     return grad
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``. What was made under torch.inference_mode() it refuses, and such
+    tensors have no version to watch: they are kept beside the others.
+    """
+    ctx.aside = None
+    if not torch.compiler.is_compiling():
+        aside = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+        if aside:
+            ctx.aside = aside
+            tensors = [None if i in aside else x for i, x in enumerate(tensors)]
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx: Any) -> list[Tensor | None]:
+    tensors = list(ctx.saved_tensors)
+    if ctx.aside is not None:
+        for i, x in ctx.aside.items():
+            tensors[i] = x
+    return tensors
+
+
 class DivergenceFunction(torch.autograd.Function):
     """Per-row reverse KL (``gamma`` None) or DRKL of logits [..., V]; returns (loss [N], *metrics
     [N]).
@@ -63,20 +84,14 @@ class DivergenceFunction(torch.autograd.Function):
             student, teacher, label, inv_temperature, V, teacher_support, metrics, backend
         )
         out = algebra.losses(sums, label, inv_temperature, gamma, labelled, metrics)
-        # a teacher from torch.inference_mode() cannot be saved in the graph, and needs no watching
-        ctx.inference_teacher = None
-        if not torch.compiler.is_compiling() and teacher.is_inference():
-            ctx.inference_teacher, teacher = teacher, None
-        ctx.save_for_backward(student, teacher, label, inv_temperature, gamma, sums)
+        _save(ctx, student, teacher, label, inv_temperature, gamma, sums)
         ctx.options = (V, labelled, teacher_support, backend)
         ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
-        student, teacher, label, inv_temperature, gamma, sums = ctx.saved_tensors
-        if teacher is None:
-            teacher = ctx.inference_teacher
+        student, teacher, label, inv_temperature, gamma, sums = _saved(ctx)
         V, labelled, teacher_support, backend = ctx.options
         dstudent = None
         if ctx.needs_input_grad[0]:
@@ -99,13 +114,13 @@ class SoftmaxFunction(torch.autograd.Function):
         ctx: Any, logits: Tensor, inv_temperature: Tensor, log: bool, backend: str
     ) -> Tensor:
         y, state = backends.softmax(logits, inv_temperature, log, backend)
-        ctx.save_for_backward(logits, inv_temperature, state)
+        _save(ctx, logits, inv_temperature, state)
         ctx.options = (log, backend)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        logits, inv_temperature, state = ctx.saved_tensors
+        logits, inv_temperature, state = _saved(ctx)
         dlogits = None
         if ctx.needs_input_grad[0]:
             with torch.no_grad():
@@ -130,32 +145,27 @@ class LinearFunction(torch.autograd.Function):
         *tensors: Tensor | None,
     ):
         student, teacher, rows = tensors[:3], tensors[3:7], tensors[7:10]
-        sums, *_ = _linear(student, teacher, rows, None, None, numbers)
+        sums, *_ = _walk(student, teacher, rows, None, None, numbers)
         out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
-        # tensors from torch.inference_mode() cannot be saved in the graph, and need no watching
-        ctx.inference_teacher = None
-        if not torch.compiler.is_compiling():
-            if any(x is not None and x.is_inference() for x in teacher):
-                ctx.inference_teacher, teacher = teacher, (None,) * 4
-        ctx.save_for_backward(*student, *teacher, *rows, sums)
+        _save(ctx, *tensors, sums)
         ctx.numbers = numbers
         ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         student, teacher, rows, sums = saved[:3], saved[3:7], saved[7:10], saved[10]
-        if ctx.inference_teacher is not None:
-            teacher = ctx.inference_teacher
+        numbers = ctx.numbers
         with torch.no_grad():
             upstream = grad_loss.to(sums.dtype)
-            _, *grads = _linear(student, teacher, rows, upstream, sums, ctx.numbers)
+            _, *grads = _walk(student, teacher, rows, upstream, sums, numbers)
             grads = [
                 g.to(x.dtype) if want else None
-                for g, x, want in zip(grads, student, ctx.numbers.wanted, strict=True)
+                for g, x, want in zip(grads, student, numbers.wanted, strict=True)
             ]
-        grads = [None if g is None else _first_order(g, *student[:2], grad_loss) for g in grads]
+        sources = [x for x in student if x is not None]
+        grads = [None if g is None else _first_order(g, *sources, grad_loss) for g in grads]
         return None, *grads, *[None] * 7
 
 
@@ -173,25 +183,27 @@ class LinearMeanFunction(torch.autograd.Function):
     ):
         student, teacher, rows = tensors[:3], tensors[3:7], tensors[7:10]
         weights, denominator, upstream = tensors[10:]
-        sums, *grads = _linear(student, teacher, rows, upstream, None, numbers)
+        sums, *grads = _walk(student, teacher, rows, upstream, None, numbers)
         out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
-        # "mean" without a denominator is the sum
-        reduced = _reduction.reduce(out[0], weights, denominator, "mean")
-        ctx.save_for_backward(*grads, *student[:2])
+        reduced = _reduction.total(out[0], weights, denominator)
+        # what has a gradient, for _first_order; the rest is not needed any more
+        sources = [x for x, want in zip(student, numbers.wanted, strict=True) if want]
+        _save(ctx, *grads, *sources)
         ctx.dtypes = [None if x is None else x.dtype for x in student]
-        ctx.numbers = numbers
+        ctx.wanted = numbers.wanted
         ctx.mark_non_differentiable(*out)
         return reduced, *out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor):
-        *grads, hidden, weight = ctx.saved_tensors
+        saved = _saved(ctx)
+        grads, sources = saved[:3], saved[3:]
         with torch.no_grad():
             grads = [
                 backends.scaled(g, grad.to(g.dtype), dtype) if want else None
-                for g, dtype, want in zip(grads, ctx.dtypes, ctx.numbers.wanted, strict=True)
+                for g, dtype, want in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
             ]
-        grads = [None if g is None else _first_order(g, hidden, weight, grad) for g in grads]
+        grads = [None if g is None else _first_order(g, *sources, grad) for g in grads]
         return None, *grads, *[None] * 10
 
 
@@ -210,7 +222,7 @@ class LinearNumbers(NamedTuple):
     backend: str
 
 
-def _linear(student, teacher, rows, upstream, sums, numbers):
+def _walk(student, teacher, rows, upstream, sums, numbers):
     teacher_head, teacher_logits = teacher[:3], teacher[3]
     return backends.linear(
         *(*student, *numbers.student, *teacher_head, *numbers.teacher, teacher_logits),

@@ -8,11 +8,25 @@ torch.compile traces nothing in this file: Dynamo skips every path with "triton/
 "drkl_triton/backends.py" is one. So what is traced (choosing a backend, say) stands elsewhere.
 """
 
+import contextlib
+
 import torch
 
 from . import slices, tiled
 from ._layout import rows_of
 from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
+
+# A copy of the package under another name (from Hugging Face's Hub, say) registers its own ops.
+NAMESPACE = __package__.replace(".", "_")
+
+
+def _no_autocast(device: str):
+    """Where products have the dtypes of their operands. Some devices, such as meta, have no
+    autocast.
+    """
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _implementation(name: str):
@@ -25,7 +39,7 @@ def _implementation(name: str):
 
 
 @torch.library.custom_op(
-    "drkl_triton::row_labels",
+    f"{NAMESPACE}::row_labels",
     mutates_args=(),
     schema="(Tensor like, Tensor? labels, Tensor? weight, SymInt ignore_index, SymInt V, "
     "bool shift, bool strict) -> Tensor",
@@ -70,7 +84,7 @@ def _(like, labels, weight, ignore_index, V, shift, strict):
 
 
 @torch.library.custom_op(
-    "drkl_triton::row_sums",
+    f"{NAMESPACE}::row_sums",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, SymInt V, "
     "bool teacher_support, bool entropy, str backend) -> Tensor",
@@ -94,7 +108,7 @@ def _(student, teacher, label, inv_temperature, V, teacher_support, entropy, bac
 
 
 @torch.library.custom_op(
-    "drkl_triton::row_grad",
+    f"{NAMESPACE}::row_grad",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, "
     "Tensor scalars, SymInt V, bool teacher_support, str backend) -> Tensor",
@@ -122,7 +136,7 @@ def _(student, teacher, label, inv_temperature, scalars, V, teacher_support, bac
 
 
 @torch.library.custom_op(
-    "drkl_triton::softmax",
+    f"{NAMESPACE}::softmax",
     mutates_args=(),
     schema="(Tensor logits, Tensor inv_temperature, bool log, str backend) -> (Tensor, Tensor)",
 )
@@ -143,7 +157,7 @@ def _(logits, inv_temperature, log, backend):
 
 
 @torch.library.custom_op(
-    "drkl_triton::softmax_backward",
+    f"{NAMESPACE}::softmax_backward",
     mutates_args=(),
     schema="(Tensor logits, Tensor grad, Tensor inv_temperature, Tensor state, bool log, "
     "str backend) -> Tensor",
@@ -162,7 +176,7 @@ def _(logits, grad, inv_temperature, state, log, backend):
 
 
 @torch.library.custom_op(
-    "drkl_triton::linear",
+    f"{NAMESPACE}::linear",
     mutates_args=(),
     schema="(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "float student_scale, float? student_softcap, ScalarType student_dtype, "
@@ -194,7 +208,7 @@ def linear(
             teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap,
             teacher_dtype,
         )  # fmt: skip
-    with torch.autocast(label.device.type, enabled=False):
+    with _no_autocast(label.device.type):
         found, dhidden, *others = slices.walk(
             slices.Loss(
                 _implementation(backend), inv_temperature, gamma, V, labelled, teacher_support,
@@ -237,7 +251,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "drkl_triton::scaled",
+    f"{NAMESPACE}::scaled",
     mutates_args=(),
     schema="(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
 )

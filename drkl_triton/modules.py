@@ -29,8 +29,10 @@ class _Options(nn.Module):
         support: str = "full",
         backend: str = "auto",
         return_metrics: bool = False,
+        **unknown: Any,
     ):
         super().__init__()
+        _checks.known_options(type(self).__name__, unknown)
         _checks.one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
         self.options = dict(
             temperature=temperature,
@@ -174,7 +176,7 @@ class LinearReverseKLLoss(_Options):
 
 class LinearDRKLLoss(LinearReverseKLLoss):
     """:func:`drkl_triton.linear_drkl` with its options, ``gamma`` (default 0.5) included, fixed;
-    ``forward`` needs labels.
+    ``forward`` is that of :class:`LinearReverseKLLoss`, and needs labels.
     """
 
     _function = staticmethod(linear_drkl)

@@ -171,7 +171,7 @@ def _divergence(
         raise ValueError("labels outside the vocabulary")
 
     # the edges, by the logits alone
-    is_nan = _is_bad(s) | _is_bad(t)
+    is_nan = (_is_bad(s) | _is_bad(t)) & ~ignored
     missing = (t == -INF) & (s != -INF)
     is_inf = missing.any(-1) & ~is_nan
     special = ignored | is_nan | is_inf

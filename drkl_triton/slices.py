@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import algebra, tiled
-from ._layout import rows_of
+from ._layout import rows_in_place, rows_of
 from .algebra import IGNORED
 
 MB = 1 << 20
@@ -39,9 +39,10 @@ COLUMNS = 64
 # Elements of a matrix, and columns at the least, that are converted or multiplied at a time where a
 # product is made in parts. 2 MB of float32 fit into the second-level cache.
 PART, MIN_PART = 1 << 19, 512
-# The largest coefficient of a row's gradient in float16. What is 1e-10 of it vanishes; what exceeds
-# it 255 times (a log-ratio of 255 nats) overflows.
-FLOAT16_SCALE = 8  # as a power of two
+# Gradients in float16 are multiplied by a power of two that makes the largest upstream gradient
+# 2^FLOAT16_SCALE, so that 1e-10 of it does not vanish. A row that could then exceed 2^15 (a
+# divergence of 127 nats) is multiplied by a smaller one, down to 2^FLOAT16_ROOM times.
+FLOAT16_SCALE, FLOAT16_ROOM = 8, -10
 
 
 class Head(NamedTuple):
@@ -104,6 +105,12 @@ class Loss(NamedTuple):
             out=out,
         )
 
+    def room(self, label: Tensor, sums: Tensor, upstream: Tensor) -> Tensor:
+        """[rows], the power of two, at most 1, that keeps a row's gradient inside float16."""
+        bound = algebra.gradient_bound(sums, label, self.inv_temperature, self.gamma, self.labelled)
+        bits = (bound * upstream.abs()).log2().ceil()  # -inf for 0
+        return torch.exp2((15 - bits).nan_to_num(0.0).clamp(FLOAT16_ROOM, 0))
+
 
 class Wanted(NamedTuple):
     """Which gradients of the student's head are."""
@@ -155,9 +162,11 @@ def _multiply_in_parts(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     for c in range(0, longest, step):
         part = slice(c, c + step)
         if longest == N:
-            x, y, z = a.to(acc), b[:, part].to(acc), out[:, part]
+            a = a.to(acc)
+            x, y, z = a, b[:, part].to(acc), out[:, part]
         elif longest == M:
-            x, y, z = a[part].to(acc), b.to(acc), out[part]
+            b = b.to(acc)
+            x, y, z = a[part].to(acc), b, out[part]
         else:
             x, y, z = a[:, part].to(acc), b[part].to(acc), out
             add = add or c > 0
@@ -177,12 +186,17 @@ def default_chunk_bytes(device: torch.device) -> int:
 
 
 class _Rows:
-    """The rows that count: all, or those at the indices ``chosen``."""
+    """The rows that count: all, or those at the indices ``chosen``. In backward those of upstream
+    gradient 0 do not, either.
+    """
 
-    def __init__(self, label: Tensor, may_skip: bool):
+    def __init__(self, label: Tensor, may_skip: bool, upstream: Tensor | None):
         self.total, self.chosen = label.numel(), None
         if may_skip:  # looking waits for the device, here and nowhere else
-            chosen = (label != IGNORED).nonzero()[:, 0]
+            counts = label != IGNORED
+            if upstream is not None:
+                counts &= upstream != 0
+            chosen = counts.nonzero()[:, 0]
             self.chosen = chosen if chosen.numel() < self.total else None
         self.count = self.total if self.chosen is None else self.chosen.numel()
 
@@ -192,14 +206,14 @@ class _Rows:
 
 
 class _GivenLogits:
-    """The teacher's logits [..., V] where the caller has them. All rows in a row are read in place;
-    chosen ones, and those of a tensor that is no matrix, are copied a slice at a time.
+    """The teacher's logits [..., V] where the caller has them. Rows that lie evenly and all count
+    are read in place; others are copied a slice at a time.
     """
 
     def __init__(self, logits: Tensor, V: int, rows: _Rows):
         self.logits, self.rows = logits[..., :V], rows
-        layout = rows_of(self.logits)
-        if layout.tensor is self.logits and layout.inner >= rows.total:
+        layout = rows_in_place(self.logits)
+        if layout is not None and layout.inner >= rows.total:
             place = (layout.strides[1], 1), self.logits.storage_offset()
             self.logits = self.logits.as_strided((rows.total, V), *place)
         self.in_place = self.logits.dim() == 2 and rows.chosen is None
@@ -208,7 +222,10 @@ class _GivenLogits:
     def slice(self, i: int, j: int) -> Tensor:
         if self.in_place:
             return self.logits[i:j]
-        index = self.rows.take(torch.arange(self.rows.total, device=self.logits.device), i, j)
+        if self.rows.chosen is None:
+            index = torch.arange(i, j, device=self.logits.device)
+        else:
+            index = self.rows.chosen[i:j]
         return self.logits[torch.unravel_index(index, self.logits.shape[:-1])]
 
 
@@ -242,21 +259,30 @@ class _Gradients:
         if wanted.bias:
             self.bias = torch.zeros(columns, dtype=acc, device=device)
 
-    def add(self, G: Tensor, i: int, j: int) -> None:
-        """G [j - i, V]: the gradient of hidden @ weight.T + bias in rows i ... j - 1."""
+    def add(self, G: Tensor, zero: Tensor, factor: Tensor | None, i: int, j: int) -> None:
+        """G [j - i, V] times ``factor`` [j - i]: the gradient of hidden @ weight.T + bias in rows
+        i ... j - 1. zero [j - i]: whose upstream gradient is 0, whatever they hold.
+        """
         V, chosen = self.V, self.rows.chosen
         if self.hidden is not None:
             part = self.hidden[i:j]
             if chosen is not None:
                 part = torch.empty_like(part)
             multiply(G, self.student.weight[:V], part)
+            if factor is not None:
+                part.mul_(factor[:, None])
             if chosen is not None:
                 self.hidden[chosen[i:j]] = part
         if self.weight is not None:
-            hidden = self.rows.take(self.student.hidden, i, j)
+            hidden = self.rows.take(self.student.hidden, i, j).masked_fill(zero[:, None], 0.0)
+            if factor is not None:
+                hidden.mul_(factor[:, None])  # a power of two
             multiply(G.t(), hidden, self.weight[:V], add=i > 0)
         if self.bias is not None:
-            self.bias[:V] += G.sum(0, dtype=self.bias.dtype)
+            if factor is None:
+                self.bias[:V] += G.sum(0, dtype=self.bias.dtype)
+            else:
+                multiply(factor.to(G.dtype)[None], G, self.bias[None, :V], add=True)
 
     def scale(self, factor: Tensor) -> None:
         for x in (self.hidden, self.weight, self.bias):
@@ -297,7 +323,7 @@ def walk(
     whether rows may be ignored, so that it must be looked which are.
     """
     acc, device, V = loss.inv_temperature.dtype, label.device, loss.V
-    rows = _Rows(label, may_skip)
+    rows = _Rows(label, may_skip, None if sums is None else upstream)
     if isinstance(teacher, Tensor):
         theirs = _GivenLogits(teacher, V, rows)
         itemsize = theirs.itemsize
@@ -333,9 +359,12 @@ def walk(
     if upstream is not None:
         gradients = _Gradients(student, wanted, rows, V, acc)
         upstream = rows.take(upstream, 0, rows.count) * student.scale
-        scale = _float16_scale(upstream) if narrow and dtype == torch.float16 else None
-        if scale is not None:
+        zero = upstream == 0
+        factor = None  # of the rows of G
+        if narrow and dtype == torch.float16:
+            scale = _float16_scale(upstream, loss)
             upstream = upstream * scale
+            factor = torch.empty_like(upstream)
 
     for i in range(0, rows.count, group):
         j = min(rows.count, i + group)
@@ -347,15 +376,20 @@ def walk(
             if sums is None:
                 table[:, k:e] = loss.sums(s, t, y)
             if upstream is not None:
-                g = G[k - i : e - i]
+                g, up = G[k - i : e - i], upstream[k:e]
+                if factor is not None:
+                    room = loss.room(y, table[:, k:e], up)
+                    up, factor[k:e] = up * room, 1 / room
                 out = over[: e - k] if capped else g
-                loss.gradient(s, t, y, table[:, k:e], upstream[k:e], out)
+                loss.gradient(s, t, y, table[:, k:e], up, out)
                 if capped:  # d softcap(z) / dz = 1 - (s / softcap)^2
                     s.div_(student.softcap).square_().neg_().add_(1.0).mul_(out)
+                    s.masked_fill_(zero[k:e, None], 0.0)
                     if narrow:
                         g.copy_(s)
         if upstream is not None:
-            gradients.add(G[: j - i], i, j)
+            part = None if factor is None else factor[i:j]
+            gradients.add(G[: j - i], zero[i:j], part, i, j)
 
     if sums is None:
         sums = table
@@ -364,18 +398,21 @@ def walk(
             sums[:, rows.chosen] = table
     if upstream is None:
         return sums, None, None, None
-    if scale is not None:
+    if factor is not None:
         gradients.scale(1 / scale)
     return sums, gradients.hidden, gradients.weight, gradients.bias
 
 
-def _float16_scale(upstream: Tensor) -> Tensor:
-    """The power of two that brings the largest of ``upstream`` to FLOAT16_SCALE: divided by the
-    number of tokens, a gradient of 1 / V would be 0 in float16.
+def _float16_scale(upstream: Tensor, loss: Loss) -> Tensor:
+    """The power of two that brings the largest of ``upstream`` to FLOAT16_SCALE, for gradients in
+    float16: divided by the number of tokens, one of 1 / V would be 0.
     """
     if upstream.numel() == 0:
         return upstream.new_ones(())
-    top = upstream.abs().amax()
+    # a temperature above 1 divides the gradient, and the log-ratios in it
+    cooling = loss.inv_temperature * loss.inv_temperature.clamp(max=1.0)
+    weight = 1.0 if loss.gamma is None else loss.gamma.clamp(min=1.0)
+    top = upstream.abs().amax() * cooling * weight
     top = torch.where((top > 0) & top.isfinite(), top, 1.0)
     return torch.exp2((FLOAT16_SCALE - top.log2().ceil()).clamp(-120, 120))
 
@@ -385,5 +422,6 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = tiled.new_output(x.shape, dtype, x.device)
     height = max(1, 8 * PART // max(1, x[:1].numel()))
     for part, result in zip(x.split(height), out.split(height), strict=True):
-        result.copy_((part * factor).masked_fill_(factor == 0, 0.0))
+        # and an ignored row stays 0, whatever the factor is
+        result.copy_((part * factor).masked_fill_((factor == 0) | (part == 0), 0.0))
     return out

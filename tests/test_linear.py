@@ -33,14 +33,22 @@ SIZES = [(7, 64, 96, 37), (5, 1024, 64, 4097), (3, 64, 128, 50257), (3, 256, 102
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def cases():
+    """Everything with everything; the longest rows once, tiled, in the usual dtypes."""
+    for size in SIZES:
+        long = size[3] > 5000
+        for dtype in DTYPES[: 2 if long else 4]:
+            for recompute in (False,) if long else (False, True):
+                for backend in ("tiled",) if long else ("tiled", "triton"):
+                    name = f"H{size[1]}-{size[2]}-V{size[3]}-{dtype}-{backend}"
+                    name += "-recompute" * recompute
+                    yield pytest.param(size, dtype, recompute, backend, id=name)
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"H{size[1]}-{size[2]}-V{size[3]}")
-@pytest.mark.parametrize("recompute", [False, True], ids=["in-forward", "recompute"])
-def test_loss_and_gradients_are_right(op, dtype, size, recompute, backend):
+@pytest.mark.parametrize(("size", "dtype", "recompute", "backend"), list(cases()))
+def test_loss_and_gradients_are_right(op, size, dtype, recompute, backend):
     N, H, teacher_H, V = size
-    if V > 5000 and (backend == "triton" or dtype not in DTYPES[:2] or recompute):
-        pytest.skip("the longest rows: once in the tiled backend, in the usual dtypes")
     student = head((N,), H, V, dtype, bias=True)
     teacher = head((N,), teacher_H, V, dtype, bias=True)
     labels = torch.randint(V, (N,))
@@ -145,13 +153,14 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "without"])
-@pytest.mark.parametrize("option", OPTIONS)
+CASES = [("drkl", True, option) for option in OPTIONS]
+CASES += [("reverse_kl", True, option) for option in OPTIONS]
+CASES += [("reverse_kl", False, option) for option in OPTIONS if option != "ignore_index"]
+
+
+@pytest.mark.parametrize(("op", "labelled", "option"), CASES)
 def test_every_option_does_what_it_does_for_logits(op, labelled, option, backend):
     options = dict(OPTIONS[option])
-    if not labelled and (op == "drkl" or option == "ignore_index"):
-        pytest.skip("needs labels")
     labels, weight = labels_and_weight()
     if op == "drkl":
         options["gamma"] = 0.3
@@ -205,6 +214,33 @@ def test_a_row_of_nan_stays_alone_in_d_hidden_and_an_ignored_one_is_not_read(red
     loss = linear_drkl(hidden, weight, labels, teacher_logits=torch.randn(4, V), backend=backend)
     (loss * 0.0).backward()  # an upstream gradient of 0, as for logits
     assert (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_row_of_upstream_gradient_0_has_gradient_0_whatever_it_holds(
+    softcap, bad, labelled, backend
+):
+    hidden, weight, bias, *_ = head((4,), H, V, torch.float32, bias=True)
+    hidden[2] = bad
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    labels = torch.randint(V, (4,)) if labelled else None
+    teacher = {"teacher_hidden": torch.randn(4, H), "teacher_weight": weight.detach()}
+
+    def grads(upstream, rows=slice(None), **options):
+        loss = linear_reverse_kl(
+            hidden[rows], weight, None if labels is None else labels[rows], student_bias=bias,
+            teacher_hidden=teacher["teacher_hidden"][rows], teacher_weight=weight.detach(),
+            student_softcap=softcap, backend=backend, **options,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, leaves, upstream)
+
+    ours = grads(torch.tensor([1.0, 2.0, 0.0, 3.0]), reduction="none")
+    rest = grads(torch.tensor([1.0, 2.0, 3.0]), [0, 1, 3], reduction="none")
+    torch.testing.assert_close(ours, rest)
+    for g in grads(torch.tensor(1.0), num_items=0):
+        assert (g == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (3,)])
@@ -344,6 +380,73 @@ def test_a_float16_gradient_divided_by_many_tokens_does_not_vanish(wide_products
     )  # fmt: skip
     for g, e in zip(grads, expected, strict=True):
         torch.testing.assert_close(g.double(), e, rtol=0.02, atol=0.02 * e.abs().max().item())
+
+
+HOT = {
+    "masked teacher": {},
+    "temperature 0.5, gamma 50": {"temperature": 0.5, "gamma": 50.0},
+    "temperature 0.2, gamma 50": {"temperature": 0.2, "gamma": 50.0},
+    "temperature 1e4": {"temperature": 1e4},
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", HOT)
+def test_float16_gradients_neither_overflow_nor_vanish(op, case, wide_products):
+    """Rounded to 11 bits, no worse, and finite where the divergence is in the thousands."""
+    hidden, weight, bias, *_ = head((64,), 32, 200, torch.float16, bias=True)
+    logits = torch.randn(64, 200).half()
+    if case == "masked teacher":
+        logits[:, 150:] = -1e4
+    labels = torch.randint(150, (64,))
+    options = {k: v for k, v in HOT[case].items() if op == "drkl" or k != "gamma"}
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        loss = LINEAR[op](
+            leaves[0], leaves[1], labels, student_bias=leaves[2], teacher_logits=logits.to(dtype),
+            **options,
+        )  # fmt: skip
+        upstream = torch.tensor(65536.0, dtype=loss.dtype)  # loss scaling
+        grads.append([g.double() for g in torch.autograd.grad(loss, leaves, upstream)])
+    for ours, truth in zip(*grads, strict=True):
+        size = truth.abs().max().item()
+        if size < 6e4:
+            torch.testing.assert_close(ours, truth, rtol=0.01, atol=0.004 * size + 1e-7)
+        else:  # float16 itself does not hold them
+            assert not ours.isnan().any()
+
+
+def test_the_bound_of_a_gradient_holds():
+    from drkl_triton import algebra
+
+    for spread in (0.1, 3.0, 30.0, 3000.0):
+        s, t = spread * torch.randn(2, 500, 11, dtype=torch.float64)
+        y = torch.randint(-1, 11, (500,))
+        sums = drkl_triton.tiled.row_sums(
+            drkl_triton._layout.rows_of(s), drkl_triton._layout.rows_of(t), y,
+            torch.tensor(0.7, dtype=torch.float64), 11,
+        )  # fmt: skip
+        for gamma in (None, torch.tensor(3.0, dtype=torch.float64)):
+            args = (sums, y, torch.tensor(0.7, dtype=torch.float64), gamma, True)
+            bound = algebra.gradient_bound(*args)
+            x = s.clone().requires_grad_()
+            has = y >= 0
+            loss = LOGITS["reverse_kl" if gamma is None else "drkl"]
+            more = {} if gamma is None else {"gamma": gamma}
+            value = loss(x[has], t[has], y[has], temperature=1 / 0.7, reduction="sum", **more)
+            (grad,) = torch.autograd.grad(value, x)
+            assert (grad.abs().amax(1)[has] <= bound[has] * (1 + 1e-9)).all()
+
+
+def test_teacher_logits_that_cannot_be_read_in_place_are_not_copied_whole():
+    N, V = 2000, 4000
+    wide = torch.randn(N, 2 * V)[:, ::2]
+    hidden, weight = torch.randn(N, 8).requires_grad_(), torch.randn(V, 8)
+    for logits in (wide, torch.randn(V, N).t()):
+        with allocations(torch.device("cpu")) as count:
+            linear_reverse_kl(hidden, weight, teacher_logits=logits, chunk_bytes=1 << 20)
+        assert count.peak < 20e6 < N * V * 4
 
 
 def test_modules_are_the_functions():

@@ -249,7 +249,8 @@ WRONG = {
     "an adapter": (dict(student_weight=Adapter()), TypeError, "LoRA.*merge"),
     "ZeRO-3": (dict(student_weight=parameter_without_elements()), ValueError, "GatheredParam"),
     "quantised": (
-        dict(student_weight=torch.zeros(V, H, dtype=torch.uint8)), TypeError, "quantised.*dequant",
+        dict(student_weight=torch.zeros(V, H, dtype=torch.uint8)), TypeError,
+        "got torch.uint8.*dequantise",
     ),
     "transposed": (dict(student_weight=torch.randn(H, V)), ValueError, "not its transpose"),
     "dtypes": (dict(student_weight=torch.randn(V, H).half()), TypeError, "same dtype"),
@@ -257,7 +258,7 @@ WRONG = {
     "a list": (dict(student_hidden=[1.0]), TypeError, "student_hidden must be a torch.Tensor"),
     "bias": (dict(student_bias=torch.randn(V + 1)), ValueError, r"student_bias must be \[V\]"),
     "no teacher": (dict(teacher_hidden=None, teacher_weight=None), TypeError, "none of them"),
-    "half a teacher": (dict(teacher_weight=None), TypeError, "one of the first two"),
+    "half a teacher": (dict(teacher_weight=None), TypeError, "teacher_hidden alone; pass"),
     "two teachers": (dict(teacher_logits=torch.randn(N, V)), TypeError, "got both"),
     "teacher grad": (
         dict(teacher_weight=torch.randn(V, H + 2).requires_grad_()), ValueError,
@@ -265,7 +266,7 @@ WRONG = {
     ),
     "vocabularies": (
         dict(teacher_weight=torch.randn(V + 1, H + 2)), ValueError,
-        f"student_weight has {V} rows and teacher_weight {V + 1}.*truncate",
+        "student_weight has a vocabulary of 29 and teacher_weight of 30.*truncate",
     ),
     "tokens": (dict(teacher_hidden=torch.randn(N - 1, H + 2)), ValueError, "same leading shape"),
     "labels": (dict(labels=torch.zeros(N + 1, dtype=torch.int64)), ValueError, "student_hidden"),
@@ -312,3 +313,97 @@ def test_the_default_of_chunk_bytes_is_in_force(monkeypatch):
     monkeypatch.setattr(slices, "CHUNK_BYTES", 1)
     torch.testing.assert_close(linear_drkl(hidden, weight, labels, **teacher), expected)
     assert heights == [(1, 1)]
+
+
+# --- what a review found ---
+
+
+def test_an_inference_tensor_does_not_hide_a_write_to_another():
+    hidden, weight, labels, teacher = data()
+    with torch.inference_mode():
+        teacher["teacher_hidden"] = teacher["teacher_hidden"] * 1.0
+    hidden.requires_grad_()
+    loss = linear_drkl(hidden, weight, labels, reduction="none", **teacher).sum()
+    teacher["teacher_weight"].mul_(0.5)  # an exponential moving average, say
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("what", ["gamma", "student_bias", "teacher_hidden", "labels"])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["in forward", "recompute"])
+def test_inference_tensors_are_taken_everywhere(what, options):
+    hidden, weight, labels, teacher = data()
+    given = dict(teacher, gamma=torch.tensor(0.3), student_bias=torch.randn(V), labels=labels)
+    hidden.requires_grad_()
+    results = []
+    for _ in range(2):
+        loss = linear_drkl(hidden, weight, **given, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+        with torch.inference_mode():
+            given[what] = given[what].clone()
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["in forward", "recompute"])
+def test_a_second_derivative_of_the_bias_alone_raises(options):
+    hidden, weight, labels, teacher = data()
+    bias = torch.zeros(V, requires_grad=True)
+    fixed = hidden.detach(), weight.detach()
+    loss = linear_drkl(*fixed, labels, student_bias=bias, **teacher, **options)
+    (grad,) = torch.autograd.grad(loss, bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grad.pow(2).sum().backward()
+
+
+def test_a_frozen_matrix_is_not_kept():
+    hidden, weight, labels, teacher = data()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (kept.append(x.shape), x)[1], lambda x: x
+    ):
+        linear_drkl(hidden, weight.detach(), labels, **teacher)
+    assert weight.shape not in kept
+
+
+def test_meta_tensors_get_shapes():
+    hidden, weight, labels, teacher = data()
+    hidden.requires_grad_(), weight.requires_grad_()
+    names = dict(teacher, student_hidden=hidden, student_weight=weight, labels=labels)
+    meta = {k: v.detach().to("meta").requires_grad_(v.requires_grad) for k, v in names.items()}
+    for options in ({}, {"reduction": "none"}):
+        loss = linear_drkl(**meta, **options)
+        assert loss.device.type == "meta" and loss.shape == linear_drkl(**names, **options).shape
+        loss.sum().backward()
+        assert meta["student_weight"].grad.shape == weight.shape
+
+
+def test_ignored_rows_stay_zero_under_an_infinite_upstream_gradient():
+    hidden, weight, labels, teacher = data()
+    labels[1] = -100
+    hidden.requires_grad_()
+    for options in ({}, {"recompute": True}):
+        loss = linear_reverse_kl(hidden, weight, labels, **teacher, **options)
+        (grad,) = torch.autograd.grad(loss, hidden, torch.tensor(torch.inf))
+        assert (grad[1] == 0).all() and not grad[0].isfinite().all()
+
+
+def test_metrics_are_no_view_of_the_loss():
+    hidden, weight, labels, teacher = data()
+    loss, metrics = linear_drkl(
+        hidden, weight, labels, reduction="none", return_metrics=True, **teacher
+    )
+    before = metrics.loss.clone()
+    loss.zero_()
+    assert torch.equal(metrics.loss, before)
+
+
+def test_transforms_over_labels_and_numbers_are_a_clear_error():
+    hidden, weight, labels, teacher = data()
+    for call in (
+        lambda: torch.vmap(lambda y: linear_drkl(hidden, weight, y, **teacher))(labels[None]),
+        lambda: torch.vmap(lambda g: linear_drkl(hidden, weight, labels, gamma=g, **teacher))(
+            torch.ones(2)
+        ),
+    ):
+        with pytest.raises(TypeError, match="torch.func"):
+            call()
