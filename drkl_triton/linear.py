@@ -52,20 +52,24 @@ def linear_reverse_kl(
             student's output layer (after its last norm).
         student_weight: ``[V, H]``, the layer's matrix, in the dtype of ``student_hidden`` (under
             autocast the dtypes may differ, and the product is autocast's). A frozen matrix costs no
-            gradient. Tied embeddings may be passed as they are.
+            gradient. Tied embeddings may be passed as they are. An adapter's ``.weight`` is the
+            matrix below it: pass the sum of both.
         labels: ``[...]``, as in :func:`drkl_triton.reverse_kl`. Rows at ``ignore_index`` or of
-            weight 0 are left out before the first product, which waits for the device once.
+            weight 0 are left out before the first product, which waits for the device, once forward
+            and, where backward computes the logits again, once there.
         teacher_hidden, teacher_weight: ``[..., H']``, ``[V', H']``; H' may differ from H. No
             gradient: tensors that require grad must be detached.
         teacher_logits: ``[..., V']``, in place of the two, where the teacher's logits exist. Read
-            in place if no row is ignored.
+            in place if all rows count (under ``shift`` the last never does) and lie evenly, else
+            copied a slice at a time.
         student_bias, teacher_bias: ``[V]``, ``[V']``.
         student_softcap, teacher_softcap: the cap of Gemma's ``cap * tanh(z / cap)``.
         student_scale, teacher_scale: what the model multiplies its logits with (Cohere's
             ``logit_scale``; 1 over Granite's ``logits_scaling``).
-        chunk_bytes: what the slices of both models may take, one row at the least. Default: 256 MB,
-            on a GPU a quarter of its free memory, if that is more, up to 2 GB, as a power of two.
-            The number changes the order of sums, and so the last bits of ``d student_weight``.
+        chunk_bytes: what the slices of both models may take, one row at the least. Default: 256 MiB;
+            on CUDA and ROCm a quarter of the free memory, if that is more, up to 2 GiB, as a power
+            of two. The number changes the order of sums, and so the last bits of
+            ``d student_weight``. Not in it: gradients, and matrices converted for autocast.
         recompute: compute the logits a second time in the backward pass instead of the gradients in
             the forward pass: 4 + 2 matrix products instead of 3 + 1, and nothing of the size of the
             matrix is held between the two.
@@ -75,7 +79,9 @@ def linear_reverse_kl(
     With ``reduction`` ``"mean"`` or ``"sum"`` the gradients are made in the forward pass, where a
     gradient is wanted at all, and kept in float32; backward multiplies them by the upstream
     gradient. With ``"none"`` backward computes the logits again. The logits are float32 (float64
-    where any operand is), sums of products of the operands as they are.
+    where any operand is), sums of products of the operands as they are; on CUDA the gradient of the
+    logits is rounded once to 16-bit operands. A NaN row makes NaN of the gradients that are sums
+    over rows, those of matrix and bias.
 
     Raises:
         TypeError: wrong types or dtypes; a quantised matrix or a module in place of one; DTensors;
