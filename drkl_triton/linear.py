@@ -66,9 +66,9 @@ def linear_reverse_kl(
         student_softcap, teacher_softcap: the cap of Gemma's ``cap * tanh(z / cap)``.
         student_scale, teacher_scale: what the model multiplies its logits with (Cohere's
             ``logit_scale``; 1 over Granite's ``logits_scaling``).
-        chunk_bytes: what the slices of both models may take, one row at the least. Default: 256 MiB;
-            on CUDA and ROCm a quarter of the free memory, if that is more, up to 2 GiB, as a power
-            of two. The number changes the order of sums, and so the last bits of
+        chunk_bytes: what the slices of both models may take, one row at the least. Default: 256
+            MiB; on CUDA and ROCm a quarter of the free memory, if that is more, up to 2 GiB, as a
+            power of two. The number changes the order of sums, and so the last bits of
             ``d student_weight``. Not in it: gradients, and matrices converted for autocast.
         recompute: compute the logits a second time in the backward pass instead of the gradients in
             the forward pass: 4 + 2 matrix products instead of 3 + 1, and nothing of the size of the
