@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
+SEED ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 # A thread that waits gives its core up. Spinning, the default, takes it from whatever runs next.
-test demo: export OMP_WAIT_POLICY ?= passive
+test fuzz demo: export OMP_WAIT_POLICY ?= passive
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,7 +27,7 @@ TERSE := awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ { print "  " $
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS=  may be set, e.g."
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TEST_JOBS=$(TEST_JOBS)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS=  may be set:"
 	@echo "  make test PYTEST_ARGS='-k packaging'      make demo DEMO_ARGS='--help'"
 
 .PHONY: venv
@@ -37,12 +39,18 @@ $(STAMP): setup.py pyproject.toml constraints.txt drkl_triton/_version.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --quiet setuptools
 	@$(PIP) --no-build-isolation -e '.[test,bench,examples,dev]' | $(TERSE)
+	@# tests/test_migrate.py takes one file from each; what they require does not fit together
+	@$(PIP) --quiet --no-deps torchtune ms-swift
 	@touch $@
 	@echo "  done"
 
 .PHONY: test
 test: $(STAMP)  ## run every test; no GPU needed
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: $(STAMP)  ## try the properties on thousands of inputs; SEED=N repeats a run
+	@$(BIN)/pytest -n $(TEST_JOBS) --hypothesis-profile=fuzz $(if $(SEED),--hypothesis-seed=$(SEED)) tests/test_properties.py $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(STAMP)  ## distil small models on real text and compare the objectives, about ten minutes on two cores
@@ -55,6 +63,10 @@ bench: $(STAMP)  ## time the losses across vocabulary sizes, on the device that 
 .PHONY: bench-linear
 bench-linear: $(STAMP)  ## time the losses from hidden states beside the matrix products alone
 	@$(BIN)/python bench/linear.py $(BENCH_ARGS)
+
+.PHONY: hub-kernel
+hub-kernel: $(STAMP)  ## write the tree that Hugging Face's kernels package loads, into OUT=dist/hub-kernel
+	@$(BIN)/python hub/build.py $(if $(OUT),--out $(OUT))
 
 .PHONY: gpu-day
 gpu-day:  ## on a machine with a GPU: its tests, the tuning sweep and the benchmarks, into OUT=folder

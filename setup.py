@@ -51,7 +51,16 @@ setup(
     ],
     # Exact versions stand in constraints.txt.
     extras_require={
-        "test": ["pytest>=8", "build", "setuptools>=77"],
+        "trl": ["trl>=1.16"],  # for drkl_triton.adapters.trl; it needs Python 3.11
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "build",
+            "setuptools>=77",
+            'trl>=1.16; python_version >= "3.11"',
+            'kernels>=0.17; python_version >= "3.11"',
+        ],
         "bench": ["matplotlib", "tqdm"],
         "examples": ["tokenizers", "matplotlib", "tqdm"],
         "dev": ["ruff", "pre-commit", "build"],

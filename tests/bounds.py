@@ -6,7 +6,9 @@
     losses     |ours - truth| <= 2 |baseline - truth| + 16 eps (1 + gamma) (1 + |truth|)
 
 kappa is an element's condition: the absolute values of the terms it is made of, times 1 + |log q|
-for the exponential.
+for the exponential. Beside it stands what the truth itself is off: without labels its log q, a
+difference of numbers of order 1, has an absolute error of about eps64, where the exact one may be
+-1e-22 (``own_error``).
 """
 
 import torch
@@ -62,6 +64,12 @@ def condition(name, student, teacher, labels, upstream, *, gamma=0.5, temperatur
     return kappa * present * upstream.double().abs()[..., None] / temperature
 
 
+def own_error(student, teacher, labels, upstream, *, temperature=1.0, **_):
+    """[..., V], of the gradient in float64."""
+    q = reference.softmax(student.double(), temperature=temperature)
+    return 8 * torch.finfo(torch.float64).eps * q * upstream.abs()[..., None] / temperature
+
+
 def excess(name, student, teacher, labels, upstream, *, backend, **options):
     """(loss, gradient): the largest error over its bound; right means both are at most 1."""
     ours_fn = {"drkl": drkl, "reverse_kl": reverse_kl}[name]
@@ -76,6 +84,7 @@ def excess(name, student, teacher, labels, upstream, *, backend, **options):
     kappa = condition(name, *inputs, **options)
     denormal = out.smallest_normal * out.eps + torch.finfo(ours_loss.dtype).smallest_normal
     grad_bound = 2 * (grad_b - grad).abs() + 8 * eps * kappa + 2 * out.eps * grad.abs() + denormal
+    grad_bound = grad_bound + own_error(*inputs, **options)
     return ratio(ours_loss, loss, loss_bound), ratio(ours_grad, grad, grad_bound)
 
 

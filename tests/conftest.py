@@ -1,15 +1,36 @@
 """Settings that must be made before the first import, and what many tests share."""
 
 import os
+import random
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 from drkl_triton import _checks, kernels, tiled
 
 BACKENDS = ["tiled", pytest.param("triton", id="triton-interpreted")]
+
+
+# Of each property in test_properties.py; `make fuzz` takes the second.
+# Making an example small takes minutes, the same seed makes it again.
+QUICK = (Phase.explicit, Phase.reuse, Phase.generate)
+settings.register_profile("test", max_examples=25, deadline=None, phases=QUICK)
+settings.register_profile("fuzz", max_examples=300, deadline=None)
+settings.load_profile("test")
+
+
+def pytest_configure(config):
+    if config.getoption("hypothesis_profile", None):
+        settings.load_profile(config.getoption("hypothesis_profile"))
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = random.SystemRandom().randrange(2**32)
+
+
+def pytest_report_header(config):
+    return f"properties: --hypothesis-seed={config.option.hypothesis_seed}"
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,201 @@
+"""For TRL (https://github.com/huggingface/trl): its ``generalized_jsd_loss`` with the reverse KL
+fused, and a trainer that minimises DRKL. Needs ``pip install 'drkl-triton[trl]'``; tested with the
+release that constraints.txt names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, functional
+from ..algebra import RowMetrics
+
+try:
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+except ImportError as error:
+    raise ImportError(
+        "drkl_triton.adapters.trl needs a TRL that has trl.experimental.gkd, and its dependencies "
+        f"({error}). Install them with: pip install 'drkl-triton[trl]'"
+    ) from error
+
+__all__ = ["DRKLConfig", "DRKLTrainer", "generalized_jsd_loss"]
+
+# Taken at import, so that it stays TRL's when a caller puts ours in its place.
+_trl_jsd = GKDTrainer.generalized_jsd_loss
+# Options of reverse_kl that a caller may pass beside TRL's own arguments.
+_FUSED_OPTIONS = frozenset({"backend", "support", "vocab_mismatch"})
+# The fields of RowMetrics that DRKLTrainer logs.
+_LOGGED = (
+    "student_entropy",
+    "target_kl",
+    "nontarget_kl",
+    "student_target_prob",
+    "teacher_target_prob",
+)
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: float | Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """TRL's generalized Jensen-Shannon divergence (arXiv 2306.13649, Eq. 1), computed by
+    :func:`drkl_triton.reverse_kl` where it is the reverse KL and is summed: ``beta == 1`` with
+    ``"batchmean"``, ``"sum"`` or ``num_items_in_batch``. All else is handed to TRL's own function.
+
+    Args:
+        student_logits, teacher_logits: ``[B, T, V]``, already shifted. Fused: the teacher carries
+            no gradient.
+        labels: ``[B, T]``, int64; positions at -100 do not count. None: all count.
+        beta: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the mixture.
+        temperature: divides both logits.
+        reduction: ``"batchmean"`` (sum over the positions that count / their number; without labels
+            / B), ``"sum"``, or TRL's ``"mean"`` and ``"none"``, which are elementwise over the
+            vocabulary.
+        num_items_in_batch: number, or tensor of one element on any device; where given, the result
+            is sum / num_items_in_batch, whatever ``reduction`` says.
+        kwargs: fused: ``backend``, ``support``, ``vocab_mismatch`` of
+            :func:`drkl_triton.reverse_kl`. With any other the call goes to TRL's function.
+
+    Returns:
+        0-dim loss in nats. Fused, it is float32 (float64 where either side is float64) also for
+        16-bit logits, in whose dtype TRL computes. The fused form differs in two more cases: a
+        student at -inf adds 0, where 0 x -inf makes TRL's NaN; and num_items_in_batch of 0 gives
+        0, where TRL divides by 0.
+
+    Raises:
+        TypeError, ValueError: fused, as :func:`drkl_triton.reverse_kl`; else TRL's.
+    """
+    summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
+    if not (beta == 1 and summed and kwargs.keys() <= _FUSED_OPTIONS):
+        return _trl_jsd(
+            student_logits,
+            teacher_logits,
+            labels=labels,
+            beta=beta,
+            temperature=temperature,
+            reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+    if num_items_in_batch is not None:
+        kwargs |= {"reduction": "mean", "num_items": _one_number(num_items_in_batch)}
+    elif reduction == "sum":
+        kwargs["reduction"] = "sum"
+    elif labels is None:
+        kwargs |= {"reduction": "mean", "num_items": max(student_logits.size(0), 1)}
+    return functional.reverse_kl(
+        student_logits, teacher_logits, labels, temperature=temperature, **kwargs
+    )
+
+
+def _one_number(count: float | Tensor) -> float | Tensor:
+    """Data parallelism hands each replica a tensor [1]."""
+    if isinstance(count, Tensor) and count.numel() == 1:
+        return count.reshape(())
+    return count
+
+
+@dataclass
+class DRKLConfig(GKDConfig):
+    """TRL's ``GKDConfig`` with the options of :func:`drkl_triton.drkl`.
+
+    Args:
+        gamma: positive; the weight of the non-target part.
+        loss_temperature: positive; divides both models' logits in the loss. TRL's ``temperature``
+            is that of sampling, and its GKD trainer, too, computes the loss at 1.
+
+    ``beta``, which interpolates TRL's divergence, has no meaning here and must stay 1. ``lmbda``,
+    ``seq_kd`` and the rest are TRL's.
+    """
+
+    gamma: float = field(default=0.5, metadata={"help": "Weight of DRKL's non-target part."})
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions in the loss."}
+    )
+    beta: float = field(default=1.0, metadata={"help": "Not used by DRKL; must stay 1."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.positive("gamma", self.gamma)
+        _checks.positive("loss_temperature", self.loss_temperature)
+        if self.beta != 1:
+            raise ValueError(
+                f"beta is not used by DRKL and must stay 1, got {self.beta!r}. Leave it out, or "
+                "take TRL's GKDTrainer for the generalized Jensen-Shannon divergence."
+            )
+
+
+class DRKLTrainer(GKDTrainer):
+    """TRL's ``GKDTrainer``, minimising :func:`drkl_triton.drkl` with ``args.gamma``: the same
+    arguments, data, collator and on-policy generation, a :class:`DRKLConfig` for ``args``.
+
+    Logs besides TRL's, as means over the tokens that count, on all processes:
+    ``student_entropy``, ``target_kl``, ``nontarget_kl``, ``student_target_prob`` and
+    ``teacher_target_prob`` of :class:`drkl_triton.RowMetrics` (nats and probabilities, ``eval_``
+    before them in evaluation).
+
+    With ``num_items_in_batch``, which the Trainer passes to models that accept it, the loss of a
+    micro-batch is its sum over that number, so gradient accumulation does not change the gradient.
+    Where that number counts the tokens of all processes, the loss is multiplied by their number,
+    because their gradients are averaged.
+    """
+
+    _tag_names = ["trl", "gkd", "drkl"]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        config = kwargs.get("args", args[2] if len(args) > 2 else None)
+        if not isinstance(config, DRKLConfig):
+            raise TypeError(
+                f"DRKLTrainer needs args to be a DRKLConfig, got {type(config).__name__}. It takes "
+                "everything that GKDConfig takes, and gamma."
+            )
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, Tensor] = {}  # of the metrics over tokens, and the tokens' number
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        tokens = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        outputs = model(**tokens)
+        self.teacher_model.eval()
+        with torch.no_grad():
+            teacher_logits = self.teacher_model(**tokens).logits
+        count = None if num_items_in_batch is None else _one_number(num_items_in_batch)
+        loss, metrics = functional.drkl(
+            outputs.logits,
+            teacher_logits,
+            inputs["labels"],
+            gamma=self.args.gamma,
+            temperature=self.args.loss_temperature,
+            num_items=count,
+            shift=True,
+            return_metrics=True,
+        )
+        if count is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        self._add(metrics, (inputs["labels"][..., 1:] != -100).sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def _add(self, metrics: RowMetrics, count: Tensor) -> None:
+        sums = torch.stack([*(getattr(metrics, name).sum() for name in _LOGGED), count])
+        mode = self._mode()
+        self._sums[mode] = self._sums.get(mode, 0) + sums.float()
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        mode = self._mode()
+        if mode in self._sums:
+            *sums, count = self.accelerator.reduce(self._sums.pop(mode)).tolist()
+            for name, total in zip(_LOGGED, sums, strict=True):
+                logs["eval_" * (mode == "eval") + name] = total / max(count, 1)
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,46 @@
+"""A Hugging Face Trainer that distils: copy it and change it. Needs transformers and accelerate.
+
+args = TrainingArguments("out", gradient_accumulation_steps=4)
+DistillationTrainer(student, args, train_dataset=data, teacher=teacher, gamma=0.5).train()
+"""
+
+import torch
+from transformers import Trainer
+
+from drkl_triton import drkl
+
+LOGGED = ("student_entropy", "target_kl", "nontarget_kl")
+
+
+class DistillationTrainer(Trainer):
+    def __init__(self, *args, teacher, gamma=0.5, temperature=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
+        self.gamma, self.temperature, self.sums = gamma, temperature, 0
+        # The Trainer is to count num_items_in_batch. (Of a model that is not from transformers it
+        # counts labels[:, 0], too, which nothing predicts: make them -100.)
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**inputs)
+        with torch.no_grad():
+            teacher_logits = self.teacher(**inputs).logits
+        # The tokens of the whole step, not of this micro-batch, are the denominator.
+        loss, metrics = drkl(
+            outputs.logits, teacher_logits, labels, gamma=self.gamma, shift=True,
+            temperature=self.temperature, num_items=num_items_in_batch, return_metrics=True,
+        )  # fmt: skip
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        tokens = (labels[:, 1:] != -100).sum()
+        self.sums += torch.stack([*(getattr(metrics, name).sum() for name in LOGGED), tokens])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if isinstance(self.sums, torch.Tensor):  # once per logged step, so this may wait
+            *sums, tokens = self.accelerator.reduce(self.sums).tolist()
+            logs |= {name: total / max(tokens, 1) for name, total in zip(LOGGED, sums, strict=True)}
+            self.sums = 0
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,111 @@
+"""DistiLLM's loss interface, against the dense formula it stands for, written from its definition:
+the sum over the tokens whose label is not -100 of the divergence of float32 softmaxes, over their
+number; terms of a column where either side is infinite are left out.
+"""
+
+import math
+
+import pytest
+import torch
+
+from drkl_triton import reference
+from drkl_triton.adapters import distillm
+
+B, T, V = 2, 5, 37
+
+
+def dense_reverse_kl(logits, teacher_logits, batch):
+    counts = batch["label"] != -100
+    log_q = logits.float().log_softmax(-1)
+    log_p = teacher_logits.float().log_softmax(-1)
+    terms = log_q.exp() * (log_q - log_p)
+    terms = terms.where(logits.isfinite() & teacher_logits.isfinite(), 0.0)
+    return (terms.sum(-1) * counts).sum() / counts.sum()
+
+
+def dense_drkl(logits, teacher_logits, batch, gamma):
+    rows = reference.drkl(
+        logits.double(), teacher_logits.double(), batch["label"], gamma=gamma, reduction="none"
+    )
+    return rows.sum() / (batch["label"] != -100).sum()
+
+
+@pytest.fixture
+def batch():
+    labels = torch.randint(V, (B, T))
+    labels[0, :2] = labels[1, 3:] = -100
+    logits = (3 * torch.randn(B, T, V)).requires_grad_()
+    return logits, 3 * torch.randn(B, T, V), {"label": labels, "loss_mask": None}
+
+
+def value_and_gradient(function, logits, *args):
+    loss = function(logits, *args)
+    return loss.detach(), *torch.autograd.grad(loss, logits)
+
+
+def test_reverse_kl_is_the_dense_formula(batch, backend):
+    def ours(*args):
+        return distillm.reverse_kl(*args, backend=backend)
+
+    expected = value_and_gradient(dense_reverse_kl, *batch)
+    torch.testing.assert_close(value_and_gradient(ours, *batch), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_drkl_is_the_reference(batch, backend):
+    loss, grad = value_and_gradient(
+        lambda *args: distillm.drkl(*args, 0.3, backend=backend), *batch
+    )
+    expected = value_and_gradient(lambda *args: dense_drkl(*args, 0.3), *batch)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, expected[1], rtol=2e-5, atol=1e-7)
+
+
+def test_the_label_is_not_shifted(batch):
+    logits, teacher, no_model_batch = batch
+    teacher = teacher.clone()
+    teacher[no_model_batch["label"] == -100] = float("nan")  # rows that count stand at their label
+    assert distillm.reverse_kl(logits, teacher, no_model_batch).isfinite()
+
+
+@pytest.mark.parametrize("op", ["reverse_kl", "drkl"])
+def test_a_batch_without_valid_tokens_gives_zero(op, batch):
+    logits, teacher, no_model_batch = batch
+    no_model_batch["label"].fill_(-100)
+    loss, grad = value_and_gradient(getattr(distillm, op), *batch)
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_infinities_as_the_docstring_says(batch):
+    logits, teacher, no_model_batch = batch
+    forbidden = teacher.clone()
+    forbidden[1, 0, 5] = -math.inf
+    both = logits.detach().clone()
+    both[1, 0, 5] = -math.inf
+    # both, or the student alone: the same number, and a gradient
+    for t in (forbidden, teacher):
+        both.requires_grad_()
+        ours, grad = value_and_gradient(distillm.reverse_kl, both, t, no_model_batch)
+        dense, dense_grad = value_and_gradient(dense_reverse_kl, both, t, no_model_batch)
+        torch.testing.assert_close(ours, dense)
+        assert grad.isfinite().all() and dense_grad[1, 0].isnan().all()
+    # the teacher alone: the divergence is infinite; there the term is left out
+    assert distillm.reverse_kl(logits, forbidden, no_model_batch) == math.inf
+    assert dense_reverse_kl(logits, forbidden, no_model_batch).isfinite()
+    assert distillm.reverse_kl(logits, forbidden, no_model_batch, support="teacher").isfinite()
+    sure = logits.detach().clone()
+    sure[1, 0] = -60.0
+    sure[1, 0, 5] = 60.0  # all of the mass where the teacher forbids it
+    only = {"label": torch.full((B, T), -100)}
+    only["label"][1, 0] = 3
+    assert dense_reverse_kl(sure, forbidden, only) < 1e-6
+    assert distillm.reverse_kl(sure, forbidden, only) == math.inf
+
+
+def test_errors_say_what_is_missing(batch):
+    logits, teacher, no_model_batch = batch
+    with pytest.raises(TypeError, match="mapping.*got Tensor"):
+        distillm.reverse_kl(logits, teacher, no_model_batch["label"])
+    with pytest.raises(ValueError, match=r'"label".*holds \[.labels.\]'):
+        distillm.drkl(logits, teacher, {"labels": no_model_batch["label"]})
+    with pytest.raises(ValueError, match="detach"):
+        distillm.drkl(logits, logits, no_model_batch)

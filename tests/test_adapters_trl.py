@@ -1,0 +1,212 @@
+"""The TRL adapter against the installed TRL: its function, its trainer."""
+
+import os
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import hf
+import pytest
+import torch
+from trl.experimental.gkd import GKDTrainer
+
+import drkl_triton
+from drkl_triton.adapters import trl as adapter
+
+THEIRS = GKDTrainer.generalized_jsd_loss
+B, T, V = 2, 6, 53
+
+
+@pytest.fixture
+def inputs():
+    labels = torch.randint(V, (B, T))
+    labels[0, :3] = labels[1, 4:] = -100
+    student, teacher = 3 * torch.randn(2, B, T, V, dtype=torch.float64)
+    return student.requires_grad_(), teacher, labels
+
+
+def value_and_gradient(function, student, teacher, labels, **options):
+    loss = function(student, teacher, labels, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    return loss.detach(), grad
+
+
+# name -> options; all with labels and without
+OPTIONS = {
+    "batchmean": {},
+    "sum": {"reduction": "sum"},
+    "num_items": {"num_items_in_batch": 11},
+    "num_items, tensor": {"num_items_in_batch": torch.tensor(11)},
+    "num_items, tensor of one": {"num_items_in_batch": torch.tensor([11])},
+    "num_items outranks sum": {"num_items_in_batch": 11, "reduction": "sum"},
+    "num_items outranks none": {"num_items_in_batch": 11, "reduction": "none"},
+    "temperature": {"temperature": 2.5},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "without"])
+def test_fused_reverse_kl_has_trls_value_and_gradient(
+    option, labelled, inputs, backend, monkeypatch
+):
+    options = {"beta": 1.0, **OPTIONS[option]}
+    student, teacher, labels = inputs
+    labels = labels if labelled else None
+    expected = value_and_gradient(THEIRS, student, teacher, labels, **options)
+    monkeypatch.setattr(adapter, "_trl_jsd", None)  # must not be needed
+    ours = value_and_gradient(
+        adapter.generalized_jsd_loss, student, teacher, labels, backend=backend, **options
+    )
+    if option == "num_items, tensor of one":
+        assert expected[0].shape == (1,) and ours[0].shape == ()
+        expected = (expected[0][0], expected[1])
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0},
+        {"beta": 0.3, "reduction": "sum"},
+        {"beta": 1, "reduction": "none"},
+        {"beta": 1, "reduction": "mean"},
+        {"beta": 0.5, "num_items_in_batch": 7, "temperature": 2.0},
+    ],
+    ids=str,
+)
+def test_the_rest_is_trls_own(options, inputs):
+    ours = value_and_gradient(adapter.generalized_jsd_loss, *inputs, **options)
+    expected = value_and_gradient(THEIRS, *inputs, **options)
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_defaults_and_names_are_trls():
+    import inspect
+
+    theirs = inspect.signature(THEIRS).parameters.values()
+    ours = list(inspect.signature(adapter.generalized_jsd_loss).parameters.values())
+    assert ours.pop().kind is inspect.Parameter.VAR_KEYWORD
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs]
+
+
+def test_what_trl_does_not_know_is_trls_error(inputs):
+    with pytest.raises(TypeError, match="chunk"):
+        adapter.generalized_jsd_loss(*inputs, beta=1, chunk=3)
+
+
+def test_no_valid_token_and_the_dtype(inputs):
+    student, teacher, labels = inputs
+    for options in ({"beta": 1}, {"beta": 1, "num_items_in_batch": 3}):
+        loss, grad = value_and_gradient(
+            adapter.generalized_jsd_loss, student, teacher, labels * 0 - 100, **options
+        )
+        assert loss == 0 and (grad == 0).all()
+    half = adapter.generalized_jsd_loss(student.bfloat16(), teacher.bfloat16(), labels, beta=1)
+    assert half.dtype == torch.float32
+
+
+def test_a_masked_student_is_not_nan(inputs):
+    student, teacher, labels = inputs
+    student, teacher = student.detach().clone(), teacher.clone()
+    student[..., 7] = teacher[..., 7] = -torch.inf
+    labels[labels == 7] = 8
+    assert THEIRS(student, teacher, labels, beta=1).isnan()
+    rest = torch.arange(V) != 7
+    expected = THEIRS(student[..., rest], teacher[..., rest], labels, beta=1)
+    ours = adapter.generalized_jsd_loss(student, teacher, labels, beta=1)
+    torch.testing.assert_close(ours, expected)
+
+
+# --- real runs ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return hf.tokenizer()
+
+
+def config(folder, cls=adapter.DRKLConfig, **options):
+    defaults = dict(
+        output_dir=str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=5e-3,
+        lmbda=0.0, logging_steps=1, report_to=[], use_cpu=True, max_length=64, bf16=False,
+        save_strategy="no", activation_checkpointing=False, disable_tqdm=True, max_new_tokens=8,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    return cls(**defaults | options)
+
+
+def train(trainer_class, args, kind, tokenizer, **options):
+    vocab = len(tokenizer)
+    trainer = trainer_class(
+        model=hf.model(kind, vocab, seed=0), teacher_model=hf.model(kind, vocab, seed=1),
+        args=args, train_dataset=hf.conversations(), processing_class=tokenizer, **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(("kind", "lmbda"), [("llama", 0.0), ("qwen", 0.5)])
+def test_twenty_steps_of_the_drkl_trainer(kind, lmbda, tokenizer, tmp_path):
+    args = config(tmp_path, gamma=0.7, lmbda=lmbda, gradient_accumulation_steps=2)
+    trainer, log = train(
+        adapter.DRKLTrainer, args, kind, tokenizer, eval_dataset=hf.conversations()
+    )
+    first, last = (sum(x["loss"] for x in part) / 5 for part in (log[:5], log[-5:]))
+    assert len(log) == 20 and last < 0.7 * first, (first, last)
+    for entry in log:
+        # the step's loss is the mean over its tokens of what the metrics are the parts of
+        parts = entry["target_kl"] + 0.7 * entry["nontarget_kl"]
+        if lmbda == 0:  # on-policy the Trainer counts tokens of the data set's answers
+            assert abs(entry["loss"] - parts) < 1e-4 * max(1, parts)
+        assert 0 < entry["student_entropy"] < 6 and 0 < entry["teacher_target_prob"] < 1
+    result = trainer.evaluate()
+    parts = result["eval_target_kl"] + 0.7 * result["eval_nontarget_kl"]
+    assert abs(result["eval_loss"] - parts) < 0.02 * parts  # a mean of batches, and one of tokens
+
+
+def test_one_line_in_trls_own_trainer_changes_no_number(tokenizer, tmp_path, monkeypatch):
+    from trl.experimental.gkd import GKDConfig
+
+    logs = []
+    for function in (THEIRS, adapter.generalized_jsd_loss):
+        monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(function))
+        args = config(tmp_path, GKDConfig, beta=1.0, max_steps=4)
+        logs.append([x["loss"] for x in train(GKDTrainer, args, "llama", tokenizer)[1]])
+    torch.testing.assert_close(*map(torch.tensor, logs), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_accumulation_does_not_change_the_run(tokenizer, tmp_path):
+    weights = []
+    for batch, steps in ((8, 1), (2, 4)):
+        args = config(
+            tmp_path, max_steps=2, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps, optim="sgd", max_grad_norm=0.0, learning_rate=0.5,
+        )  # fmt: skip
+        trainer, _ = train(adapter.DRKLTrainer, args, "llama", tokenizer)
+        weights.append([p.detach() for p in trainer.model.parameters()])
+    before = hf.model("llama", len(tokenizer), seed=0).parameters()
+    for a, b, old in zip(*weights, before, strict=True):
+        moved = (b - old).abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * moved + 1e-8)
+
+
+def test_errors_of_the_trainer(tokenizer, tmp_path):
+    from trl.experimental.gkd import GKDConfig
+
+    with pytest.raises(ValueError, match="beta is not used by DRKL"):
+        config(tmp_path, beta=0.5)
+    with pytest.raises(ValueError, match="gamma"):
+        config(tmp_path, gamma=-1.0)
+    with pytest.raises(ValueError, match="loss_temperature"):
+        config(tmp_path, loss_temperature=0)
+    with pytest.raises(TypeError, match="DRKLConfig, got GKDConfig"):
+        train(adapter.DRKLTrainer, config(tmp_path, GKDConfig), "llama", tokenizer)
+
+
+def test_importing_the_package_does_not_import_trl():
+    import subprocess
+    import sys
+
+    code = "import sys, drkl_triton; sys.exit(bool({'trl', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert not hasattr(drkl_triton, "DRKLTrainer")

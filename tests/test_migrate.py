@@ -1,0 +1,153 @@
+"""docs/migrate.md: every "before" and "after" runs, and where it says "same numbers" they are.
+
+TRL is installed whole. Of ms-swift and torchtune, whose requirements fit neither each other nor
+the rest, the wheels are there without their dependencies, and the one file with the loss, which
+needs torch alone, is imported from them.
+"""
+
+import importlib
+import re
+import sys
+import types
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "migrate.md").read_text(encoding="utf-8")
+BLOCKS = {
+    (kind, name): code
+    for kind, name, code in re.findall(r"```python\n# (\w+): (\w+)\n(.*?)```", PAGE, re.DOTALL)
+}
+B, T, V = 2, 6, 41
+
+
+def inputs():
+    torch.manual_seed(3)
+    labels = torch.randint(V, (B, T))
+    labels[0, :2] = labels[1, 4:] = -100
+    student, teacher = (3 * torch.randn(B, T, V) for _ in range(2))
+    return {"student_logits": student.requires_grad_(), "teacher_logits": teacher, "labels": labels}
+
+
+def run(kind, name, names=None):
+    names = inputs() if names is None else names
+    code = BLOCKS[kind, name].replace(
+        'output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False'
+    )
+    exec(compile(code, f"docs/migrate.md {kind} {name}", "exec"), names)
+    return names
+
+
+def same_numbers(name, losses=("loss",)):
+    before, after = run("before", name), run("after", name)
+    for loss in losses:
+        torch.testing.assert_close(after[loss], before[loss], rtol=2e-5, atol=0)
+        grads = [torch.autograd.grad(x[loss], x["student_logits"])[0] for x in (before, after)]
+        size = grads[0].abs().max().item()
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6 * size)
+
+
+@pytest.fixture
+def one_file(monkeypatch):
+    """one_file("a.b.c"): that module out of an installed package, without running the package."""
+
+    def load(name):
+        *parents, _ = name.split(".")
+        folder = Path(find_spec(parents[0]).submodule_search_locations[0])
+        for depth in range(len(parents)):
+            package = types.ModuleType(".".join(parents[: depth + 1]))
+            package.__path__ = [str(folder.joinpath(*parents[1 : depth + 1]))]
+            monkeypatch.setitem(sys.modules, package.__name__, package)
+            if depth:
+                setattr(sys.modules[".".join(parents[:depth])], parents[depth], package)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        return module, package
+
+    return load
+
+
+def test_trl(monkeypatch):
+    from trl.experimental.gkd import GKDTrainer
+
+    original = GKDTrainer.generalized_jsd_loss
+    monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(original))  # put back
+    same_numbers("trl")
+    assert GKDTrainer.generalized_jsd_loss is not original
+    run("example", "trl")
+
+
+def test_ms_swift(one_file):
+    one_file("swift.rlhf_trainers.gkd_loss")
+    same_numbers("swift")
+    # a vocabulary that is split, and another beta, still go to their function
+    gkd = sys.modules["swift.rlhf_trainers.gkd_loss"]
+    s, t = torch.randn(2, 4, V)
+    calls = []
+
+    def log_softmax(x):
+        calls.append(1)
+        return x.log_softmax(-1)
+
+    gkd.jsd_loss(s, t, 1, log_softmax, gkd.default_kl_div, 512)
+    assert len(calls) == 2
+    assert gkd.jsd_loss(s, t, 0.5) > 0
+
+
+def test_torchtune(one_file):
+    module, package = one_file("torchtune.modules.loss.kd_losses")
+    package.ReverseKLLoss = module.ReverseKLLoss
+    same_numbers("torchtune", ("loss", "total"))
+
+
+def test_kl_div():
+    same_numbers("kl_div")
+    x = inputs()
+    log_q, log_p = (x[k].log_softmax(-1) for k in ("student_logits", "teacher_logits"))
+    from drkl_triton import reverse_kl
+
+    for reduction, ours in (
+        ("mean", reverse_kl(x["student_logits"], x["teacher_logits"]) / V),
+        ("sum", reverse_kl(x["student_logits"], x["teacher_logits"], reduction="sum")),
+    ):
+        theirs = F.kl_div(log_p, log_q, log_target=True, reduction=reduction)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["distillm", "minillm"])
+def test_distillm_and_minillm(name):
+    from drkl_triton import drkl
+
+    x = inputs()
+    batch = {"label": x["labels"]}
+    names = {"logits": x["student_logits"], "teacher_logits": x["teacher_logits"]}
+    names["no_model_batch"] = batch
+    after = run("after", name, names)
+    expected = drkl(x["student_logits"], x["teacher_logits"], x["labels"], gamma=0.5)
+    key = "loss_drkl" if name == "distillm" else "distil_loss"
+    assert torch.equal(after[key], expected)
+    # tests/test_adapters_distillm.py holds its reverse_kl against the dense formula
+
+
+def test_the_page_names_the_releases_it_was_tried_with():
+    names = {"TRL": "trl", "ms-swift": "ms-swift", "torchtune": "torchtune"}
+    for title, package in names.items():
+        pattern = rf"\[{re.escape(title)}\]\(#[\w-]+\) (\S+),"
+        assert re.search(pattern, PAGE).group(1) == version(package), title
+
+
+def test_links():
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+        for title in re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(#([\w-]+)\)", PAGE):
+        assert target in anchors, target
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
