@@ -33,6 +33,59 @@ def must_work(backend):
     s.grad = None
 """
 
+# Every public function; a result is the loss and the gradients that there are.
+EVERYTHING = """
+from concurrent.futures import ThreadPoolExecutor
+from drkl_triton import linear_drkl, linear_reverse_kl, log_softmax
+from drkl_triton.adapters import distillm
+
+h, w, tl = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
+batch = {"label": y}
+given = {"teacher_logits": tl}
+PUBLIC = {
+    "softmax": lambda s, h, w, **o: softmax(s, **o),
+    "log_softmax": lambda s, h, w, **o: log_softmax(s, **o),
+    "reverse_kl": lambda s, h, w, **o: reverse_kl(s, t, **o),
+    "drkl": lambda s, h, w, **o: drkl(s, t, y, **o),
+    "ReverseKLLoss": lambda s, h, w, **o: drkl_triton.ReverseKLLoss(**o)(s, t, y),
+    "DRKLLoss": lambda s, h, w, **o: drkl_triton.DRKLLoss(**o)(s, t, y),
+    "linear_reverse_kl": lambda s, h, w, **o: linear_reverse_kl(h, w, **given, **o),
+    "linear_drkl": lambda s, h, w, **o: linear_drkl(
+        h, w, y, teacher_hidden=h.detach(), teacher_weight=w.detach() * 2, **o
+    ),
+    "LinearReverseKLLoss": lambda s, h, w, **o: drkl_triton.LinearReverseKLLoss(**o)(
+        h, w, y, **given
+    ),
+    "LinearDRKLLoss": lambda s, h, w, **o: drkl_triton.LinearDRKLLoss(recompute=True, **o)(
+        h, w, y, **given
+    ),
+    "reference": lambda s, h, w, **o: drkl_triton.reference.drkl(s, t, y),
+    "RowMetrics": lambda s, h, w, **o: drkl(s, t, y, return_metrics=True, **o)[0],
+}
+if PUBLIC.keys() | {"__version__"} != set(drkl_triton.__all__):
+    raise SystemExit("not every public name is tried")
+PUBLIC["distillm.reverse_kl"] = lambda s, h, w, **o: distillm.reverse_kl(s, t, batch, **o)
+PUBLIC["distillm.drkl"] = lambda s, h, w, **o: distillm.drkl(s, t, batch, **o)
+
+def result(name, backend):
+    leaves = [x.detach().clone().requires_grad_() for x in (s, h, w)]
+    out = PUBLIC[name](*leaves, backend=backend)
+    grads = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+    return [out.detach(), *(g for g in grads if g is not None)]
+
+def all_functions(backend):
+    # alone, then all from several threads at once: the same bits
+    alone = {name: result(name, backend) for name in PUBLIC}
+    for name, values in alone.items():
+        if len(values) < 2 or not all(x.isfinite().all() for x in values):
+            raise SystemExit(f"wrong: {name} {values}")
+    with ThreadPoolExecutor(8) as pool:
+        names = list(PUBLIC) * 4
+        for name, values in zip(names, pool.map(lambda n: result(n, backend), names)):
+            if not all(map(torch.equal, values, alone[name])):
+                raise SystemExit(f"{name} differs in a thread: {values} {alone[name]}")
+"""
+
 # find_spec and import both answer as if nobody had ever installed it.
 HIDE_TRITON = """
 import sys
@@ -96,13 +149,14 @@ def run(*scripts, optimise=False, **variables):
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_triton_on_the_cpu_without_the_interpreter():
     """And every error again without asserts."""
-    run(PRELUDE, GPU_NEEDED, ERRORS, optimise=True)
+    run(PRELUDE, EVERYTHING, GPU_NEEDED, ERRORS, 'all_functions("tiled")', optimise=True)
     run(PRELUDE, GPU_NEEDED, TRITON_INTERPRET="0")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_interpreter_in_the_optimised_python():
-    run(PRELUDE, 'must_work("triton")', ERRORS, optimise=True, TRITON_INTERPRET="1")
+    code = 'must_work("triton")\nall_functions("triton")\n'
+    run(PRELUDE, EVERYTHING, code, ERRORS, optimise=True, TRITON_INTERPRET="1")
 
 
 def test_without_triton():
@@ -118,7 +172,8 @@ for backend in ("auto", "tiled"):
     must_work(backend)
 softmax(s).sum().backward()
 """
-    run(HIDE_TRITON, PRELUDE, asked_for, TRITON_INTERPRET="1")
+    every = 'all_functions("auto")'
+    run(HIDE_TRITON, PRELUDE, EVERYTHING, asked_for, every, TRITON_INTERPRET="1")
 
 
 def test_import_needs_no_compiler_and_starts_no_device():

@@ -24,6 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 class Model(torch.nn.Module):
+    """forward(ids, labels, teacher_logits, num_items) is the loss. The embedding is the output
+    matrix, too.
+    """
+
     def __init__(self, form, checkpointing=None):
         super().__init__()
         torch.manual_seed(0)
@@ -31,51 +35,36 @@ class Model(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.Linear(H, H) for _ in range(2))
         self.form, self.checkpointing = form, checkpointing
 
-    def hidden(self, tokens):
-        x = self.embedding(tokens)
+    def hidden(self, ids):
+        x = self.embedding(ids)
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
         return x
 
-    def loss(self, x, tokens, teacher_logits, num_items):
+    def loss(self, x, labels, teacher_logits, num_items):
         options = {"gamma": 0.3, "shift": True, "num_items": num_items}
         matrix = self.embedding.weight
         if self.form == "hidden":
-            return linear_drkl(x, matrix, tokens, teacher_logits=teacher_logits, **options)
+            return linear_drkl(x, matrix, labels, teacher_logits=teacher_logits, **options)
         function = drkl if self.form == "logits" else reference.drkl
-        return function(F.linear(x, matrix), teacher_logits, tokens, **options)
+        return function(F.linear(x, matrix), teacher_logits, labels, **options)
 
-    def forward(self, tokens, teacher_logits, num_items=None):
-        def whole():
-            return self.loss(self.hidden(tokens), tokens, teacher_logits, num_items)
-
+    def forward(self, ids, labels, teacher_logits, num_items=None):
+        rest = labels, teacher_logits, num_items
         if self.checkpointing is None:
-            return whole()
+            return self.loss(self.hidden(ids), *rest)
         if self.checkpointing == "reentrant":  # wants an input that requires grad
-            x = self.hidden(tokens)
-            return checkpoint(
-                lambda x: self.loss(x, tokens, teacher_logits, num_items), x, use_reentrant=True
-            )
-        return checkpoint(whole, use_reentrant=False)
+            return checkpoint(self.loss, self.hidden(ids), *rest, use_reentrant=True)
+        return checkpoint(lambda: self.loss(self.hidden(ids), *rest), use_reentrant=False)
 
 
 def batch(size=B):
+    """ids, labels some of which do not count, teacher_logits."""
     generator = torch.Generator().manual_seed(size)
-    tokens = torch.randint(V, (size, T), generator=generator)
-    tokens[1, :3] = tokens[::3, 5:] = -100
-    teacher_logits = 3 * torch.randn(size, T, V, generator=generator)
-    return tokens.clamp_min(0), tokens, teacher_logits
-
-
-class Labelled(Model):
-    """Labels apart from tokens, so that some do not count."""
-
-    def forward(self, ids, labels, teacher_logits, num_items=None):
-        self.ids = ids
-        return super().forward(labels, teacher_logits, num_items)
-
-    def hidden(self, labels):
-        return super().hidden(self.ids)
+    ids = torch.randint(V, (size, T), generator=generator)
+    labels = ids.clone()
+    labels[1, :3] = labels[::3, 5:] = -100
+    return ids, labels, 3 * torch.randn(size, T, V, generator=generator)
 
 
 def count(labels):
@@ -88,7 +77,7 @@ def gradients(model):
 
 def plain(dtype=torch.float64):
     """The gradients that plain PyTorch has for the whole batch."""
-    model = Labelled("plain").to(dtype)
+    model = Model("plain").to(dtype)
     ids, labels, teacher_logits = batch()
     loss = model(ids, labels, teacher_logits.to(dtype))
     loss.backward()
@@ -103,7 +92,7 @@ def close(actual, expected, tolerance=2e-5):
 
 @forms
 def test_one_step_is_plain_pytorch(form):
-    model = Labelled(form)
+    model = Model(form)
     loss = model(*batch())
     loss.backward()
     expected, grads = plain()
@@ -122,7 +111,7 @@ def test_bfloat16_autocast_is_no_worse_than_plain_pytorch(form):
             [(g - t).norm() / t.norm() for g, t in zip(gradients(model), truth, strict=True)]
         )
 
-    ours, theirs = error(Labelled(form)), error(Labelled("plain"))
+    ours, theirs = error(Model(form)), error(Model("plain"))
     assert (theirs > 1e-4).all()  # or the comparison would be empty
     assert (ours <= 1.25 * theirs).all(), (ours, theirs)
 
@@ -130,7 +119,7 @@ def test_bfloat16_autocast_is_no_worse_than_plain_pytorch(form):
 @forms
 def test_gradient_accumulation(form):
     """Four micro-batches with different numbers of tokens, the tokens of all as num_items."""
-    model = Labelled(form)
+    model = Model(form)
     ids, labels, teacher_logits = batch()
     total = count(labels)
     for part in torch.arange(B).split([1, 3, 2, 2]):
@@ -141,19 +130,19 @@ def test_gradient_accumulation(form):
 @forms
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
 def test_activation_checkpointing(form, how):
-    model = Labelled(form, checkpointing=how)
+    model = Model(form, checkpointing=how)
     model(*batch()).backward()
     close(gradients(model), plain()[1])
 
 
 @forms
 def test_compile_takes_changing_batch_sizes_without_a_compilation_for_each(form):
-    model = Labelled(form)
+    model = Model(form)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for size in (8, 4, 6, 3, 11, 5):
         ids, labels, teacher_logits = batch(size)
-        expected = Labelled("plain").double()
+        expected = Model("plain").double()
         expected(ids, labels, teacher_logits.double()).backward()
         model.zero_grad()
         compiled(ids, labels, teacher_logits).backward()
@@ -170,7 +159,7 @@ def rank_main(rank, port, form, how, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = Labelled(form, checkpointing="not reentrant" if how == "DDP" else None)
+    model = Model(form, checkpointing="not reentrant" if how == "DDP" else None)
     if how == "DDP":
         model = torch.nn.parallel.DistributedDataParallel(model)
     else:
