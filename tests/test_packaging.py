@@ -149,7 +149,7 @@ def test_wheel_metadata(built):
     assert metadata["Requires-Python"] == ">=3.10"
     required = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == {"torch>=2.6", "numpy", 'triton>=3.2; platform_system == "Linux"'}
-    assert set(metadata.get_all("Provides-Extra")) == {"test", "bench", "examples", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"test", "bench", "examples", "dev", "trl"}
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text("utf-8").strip()
 
 
@@ -158,7 +158,7 @@ def test_sdist_holds_what_building_and_testing_need(built):
         members = [member.name.split("/", 1)[1] for member in archive if member.isfile()]
     expected = {"Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
     expected |= {"setup.py", "pyproject.toml", "README.md", ".ci/run", "drkl_triton/py.typed"}
-    for folder in ("drkl_triton", "kernels", "tests", "bench", "examples"):
+    for folder in ("drkl_triton", "kernels", "tests", "bench", "examples", "hub"):
         expected |= modules(ROOT / folder, f"{folder}/")
     assert not expected - set(members)
     assert not [name for name in members if "__pycache__" in name or name.endswith(".pyc")]
@@ -245,4 +245,5 @@ def test_editable_install_maps_kernels(source, tmp_path):
     finally:
         for added in expected[2:]:
             added.unlink()
-    assert lines == [*map(str, expected), "None"]
+    assert lines[:-1] == list(map(str, expected))
+    assert str(source) not in lines[-1]  # nothing, or Hugging Face's package
