@@ -164,6 +164,30 @@ def test_twenty_steps_of_the_drkl_trainer(kind, lmbda, tokenizer, tmp_path):
     assert abs(result["eval_loss"] - parts) < 0.02 * parts  # a mean of batches, and one of tokens
 
 
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor([7])])
+def test_the_trainers_loss_is_that_of_the_sliced_logits(num_items, tokenizer, tmp_path):
+    args = config(tmp_path, gamma=0.7, loss_temperature=1.5)
+    vocab = len(tokenizer)
+    trainer = adapter.DRKLTrainer(
+        model=hf.model("llama", vocab, seed=0), teacher_model=hf.model("llama", vocab, seed=1),
+        args=args, train_dataset=hf.conversations(), processing_class=tokenizer,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, outputs = trainer.compute_loss(
+        trainer.model, batch, return_outputs=True, num_items_in_batch=num_items
+    )
+    tokens = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    labels = batch["labels"][:, 1:]
+    assert (labels == -100).any() and (labels != -100).any()
+    with torch.no_grad():
+        s, t = (m(**tokens).logits[:, :-1].double() for m in (trainer.model, trainer.teacher_model))
+    options = {"gamma": 0.7, "temperature": 1.5}
+    rows = drkl_triton.reference.drkl(s, t, labels, reduction="sum", **options)
+    expected = rows / ((labels != -100).sum() if num_items is None else 7)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(outputs.logits[:, :-1].double(), s, rtol=1e-4, atol=1e-5)
+
+
 def test_one_line_in_trls_own_trainer_changes_no_number(tokenizer, tmp_path, monkeypatch):
     from trl.experimental.gkd import GKDConfig
 
