@@ -1,9 +1,5 @@
 """How the losses from hidden states behave in PyTorch, and what they say to wrong arguments."""
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -12,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from drkl_triton import LinearDRKLLoss, drkl, linear_drkl, linear_reverse_kl, slices
+from drkl_triton import drkl, linear_drkl, linear_reverse_kl, slices
 
 N, H, V = 6, 8, 29
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -168,69 +164,6 @@ def test_several_threads_at_once():
         thread.join()
     for result in results:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-
-
-class Student(torch.nn.Module):
-    """Tied: the embedding is the output matrix, and the loss is part of the forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(V, H)
-        self.layer = torch.nn.Linear(H, H)
-        self.loss = LinearDRKLLoss(shift=True)
-
-    def forward(self, tokens, teacher_logits, num_items):
-        hidden = torch.tanh(self.layer(self.embedding(tokens)))
-        return self.loss(
-            hidden, self.embedding.weight, tokens, teacher_logits=teacher_logits,
-            num_items=num_items,
-        )  # fmt: skip
-
-
-def batch():
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(V, (4, 7), generator=generator)
-    return tokens, torch.randn(4, 7, V, generator=generator)
-
-
-def distributed(rank, address, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(address))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = torch.nn.parallel.DistributedDataParallel(Student())
-    tokens, logits = batch()
-    mine = slice(2 * rank, 2 * rank + 2)
-    # DDP averages: the tokens of the whole batch, over the number of ranks
-    model(tokens[mine], logits[mine], 4 * 6 / 2).backward()
-    if rank == 0:
-        torch.save([p.grad for p in model.parameters()], results)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_have_the_gradient_of_one_process(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    path = str(tmp_path / "gradients.pt")
-    code = (
-        "import runpy, sys; f = runpy.run_path(sys.argv[1])['distributed']; f(*eval(sys.argv[2]))"
-    )
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, __file__, repr((rank, port, path))])
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    torch.manual_seed(0)
-    model = Student()
-    tokens, logits = batch()
-    model(tokens, logits, 4 * 6).backward()
-    close(torch.load(path), [p.grad for p in model.parameters()])
 
 
 # --- errors ---
