@@ -1,4 +1,5 @@
 """A Hugging Face Trainer that distils: copy it and change it. Needs transformers and accelerate.
+One device a process (DDP, FSDP), and one evaluation data set.
 
 args = TrainingArguments("out", gradient_accumulation_steps=4)
 DistillationTrainer(student, args, train_dataset=data, teacher=teacher, gamma=0.5).train()
@@ -16,7 +17,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, *args, teacher, gamma=0.5, temperature=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
-        self.gamma, self.temperature, self.sums = gamma, temperature, 0
+        self.gamma, self.temperature, self.sums = gamma, temperature, {}
         # The Trainer is to count num_items_in_batch. (Of a model that is not from transformers it
         # counts labels[:, 0], too, which nothing predicts: make them -100.)
         self.model_accepts_loss_kwargs = True
@@ -35,12 +36,14 @@ class DistillationTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         tokens = (labels[:, 1:] != -100).sum()
-        self.sums += torch.stack([*(getattr(metrics, name).sum() for name in LOGGED), tokens])
+        sums = torch.stack([*(getattr(metrics, name).sum() for name in LOGGED), tokens])
+        mode = "loss" if model.training else "eval_loss"
+        self.sums[mode] = self.sums.get(mode, 0) + sums
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        if isinstance(self.sums, torch.Tensor):  # once per logged step, so this may wait
-            *sums, tokens = self.accelerator.reduce(self.sums).tolist()
-            logs |= {name: total / max(tokens, 1) for name, total in zip(LOGGED, sums, strict=True)}
-            self.sums = 0
+        for loss in self.sums.keys() & logs.keys():  # once per logged step, so this may wait
+            *sums, tokens = self.accelerator.reduce(self.sums.pop(loss)).tolist()
+            for name, total in zip(LOGGED, sums, strict=True):
+                logs[loss.removesuffix("loss") + name] = total / max(tokens, 1)
         super().log(logs, *args, **kwargs)

@@ -1,7 +1,7 @@
 """Writes the package in the layout of Hugging Face's kernel Hub, as a pure-Python kernel.
 
 python hub/build.py                 # into dist/hub-kernel
-python hub/build.py --out FOLDER    # FOLDER must be new, empty, or an earlier result
+python hub/build.py --out FOLDER    # new, empty, or an earlier result, which is replaced
 
 Every variant (build/torch-cuda and so on) is the whole package but its adapters: it runs the Triton
 kernels on a GPU and tiled PyTorch elsewhere. `kernels` imports it under the id in metadata.json, so
@@ -75,6 +75,29 @@ def absolute_imports(name: str, content: bytes) -> list[str]:
     return found
 
 
+def replaceable(out: Path) -> bool:
+    """Whether all that ``out`` holds was written by this script."""
+    if not out.exists() and not out.is_symlink():
+        return True
+    if not out.is_dir():
+        return False
+    if not all(path.name in ("build", "README.md", "LICENSE") for path in out.iterdir()):
+        return False
+    if not (out / "build").exists():
+        return not any(out.iterdir())
+    if (out / "build").is_symlink() or not (out / "build").is_dir():
+        return False
+    return all(is_variant(path) for path in (out / "build").iterdir())
+
+
+def is_variant(path: Path) -> bool:
+    try:
+        about = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return path.name.startswith("torch-") and not path.is_symlink() and about.get("name") == NAME
+
+
 def build(out: Path) -> None:
     files = sources()
     wrong = [
@@ -85,9 +108,13 @@ def build(out: Path) -> None:
     ]
     if wrong:
         raise SystemExit("A Hub kernel may import itself relatively only:\n" + "\n".join(wrong))
-    if out.exists() and any(out.iterdir()) and not (out / "build").is_dir():
-        raise SystemExit(f"{out} is not empty and no earlier result; pass another --out")
-    shutil.rmtree(out / "build", ignore_errors=True)
+    if not replaceable(out):
+        raise SystemExit(
+            f"{out} must be new, an empty folder, or hold nothing but an earlier result; it is "
+            "left as it was. Pass another --out"
+        )
+    if (out / "build").exists():
+        shutil.rmtree(out / "build")
 
     version = ast.literal_eval(files["_version.py"].decode().split("=")[1].strip())
     for backend in BACKENDS:

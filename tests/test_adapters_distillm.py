@@ -107,5 +107,7 @@ def test_errors_say_what_is_missing(batch):
         distillm.reverse_kl(logits, teacher, no_model_batch["label"])
     with pytest.raises(ValueError, match=r'"label".*holds \[.labels.\]'):
         distillm.drkl(logits, teacher, {"labels": no_model_batch["label"]})
+    with pytest.raises(TypeError, match=r"Tensor \[B, T\].*got NoneType"):
+        distillm.reverse_kl(logits, teacher, {"label": None})
     with pytest.raises(ValueError, match="detach"):
         distillm.drkl(logits, logits, no_model_batch)

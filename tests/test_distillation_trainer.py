@@ -95,13 +95,16 @@ def test_what_it_logs(tmp_path):
         parts = entry["target_kl"] + 0.3 * entry["nontarget_kl"]
         assert abs(entry["loss"] - parts) < 1e-4 * max(1, parts)
         assert entry["student_entropy"] > 0
-    metrics = trainer.evaluate(sequences(4))
+    trainer.evaluate(sequences(4))
+    metrics = trainer.state.log_history[-1]
     batch = {k: torch.stack([row[k] for row in sequences(4)]) for k in sequences(1)[0]}
     labels = batch.pop("labels")
     with torch.no_grad():
         s, t = student.eval()(**batch).logits, trainer.teacher(**batch).logits
     expected = drkl(s, t, labels, gamma=0.3, shift=True)
     assert abs(metrics["eval_loss"] - expected.item()) < 1e-5
+    parts = metrics["eval_target_kl"] + 0.3 * metrics["eval_nontarget_kl"]
+    assert abs(parts - expected.item()) < 1e-5 and "target_kl" not in metrics
 
 
 def test_it_is_as_short_as_it_says():

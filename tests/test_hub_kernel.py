@@ -82,12 +82,34 @@ def test_every_variant_is_complete_and_has_an_id_of_its_own(tree):
     assert (tree / "README.md").exists() and (tree / "LICENSE").exists()
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path, tree):
-    (tmp_path / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize(
+    "mine", ["thesis.tex", "README.md", "build/lib/mine.o", "build/torch-cpu/mine.py", "build"]
+)
+def test_a_folder_of_other_things_is_left_alone(mine, tmp_path):
+    path = tmp_path / mine
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
     result = build(tmp_path)
-    assert result.returncode != 0 and "pass another --out" in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-    assert build(tree).returncode == 0  # an earlier result is replaced
+    assert result.returncode != 0 and "Pass another --out" in result.stderr
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == "mine"
+
+
+def test_what_is_no_folder_is_left_alone(tmp_path):
+    file, elsewhere, linked = tmp_path / "file", tmp_path / "elsewhere", tmp_path / "linked"
+    file.write_text("mine")
+    elsewhere.mkdir(), linked.mkdir()
+    (linked / "build").symlink_to(elsewhere)
+    for out in (file, linked):
+        assert "Pass another --out" in build(out).stderr
+    assert file.read_text() == "mine" and not any(elsewhere.iterdir())
+
+
+def test_an_earlier_result_is_replaced(tree):
+    stale = tree / "build" / "torch-cpu" / "stale.py"
+    stale.write_text("")
+    assert build(tree).returncode == 0 and not stale.exists()
+    assert (tree / "build" / "torch-cpu" / "functional.py").exists()
 
 
 def test_an_absolute_import_of_the_package_is_refused():

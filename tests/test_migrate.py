@@ -83,8 +83,8 @@ def test_trl(monkeypatch):
     run("example", "trl")
 
 
-def test_ms_swift(one_file):
-    one_file("swift.rlhf_trainers.gkd_loss")
+def test_ms_swift(one_file, monkeypatch):
+    theirs = one_file("swift.rlhf_trainers.gkd_loss")[0].jsd_loss
     same_numbers("swift")
     # a vocabulary that is split, and another beta, still go to their function
     gkd = sys.modules["swift.rlhf_trainers.gkd_loss"]
@@ -97,6 +97,19 @@ def test_ms_swift(one_file):
 
     gkd.jsd_loss(s, t, 1, log_softmax, gkd.default_kl_div, 512)
     assert len(calls) == 2
+    # vocabularies of different sizes: columns filled in from the other model
+    for sizes in ((V, V - 2), (V - 2, V)):
+        x = inputs()
+        student = x["student_logits"].detach()[..., : sizes[0]].clone().requires_grad_()
+        teacher = x["teacher_logits"][..., : sizes[1]]
+        losses = []
+        for function in (run("before", "swift")["gkd"].jsd_loss, theirs):
+            monkeypatch.setattr(gkd, "jsd_loss", function)
+            out = gkd.TeacherOutput(full_logits=teacher.clone(), labels=x["labels"])
+            losses.append(gkd.gkd_loss(student.clone(), out, x["labels"], 1.0, 2.0)[0])
+        grads = [torch.autograd.grad(loss, student)[0] for loss in losses]
+        torch.testing.assert_close(losses[0], losses[1])
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
     assert gkd.jsd_loss(s, t, 0.5) > 0
 
 

@@ -76,4 +76,9 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
             f"not count; it holds {sorted(map(str, batch))}. For labels under another name pass "
             '{"label": labels}.'
         )
+    if not isinstance(batch["label"], Tensor):
+        raise TypeError(
+            'no_model_batch["label"] must be a torch.Tensor [B, T] of token ids, got '
+            f"{type(batch['label']).__name__}; convert it with torch.as_tensor"
+        )
     return batch["label"]

@@ -5,6 +5,7 @@ release that constraints.txt names.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,30 +54,42 @@ def generalized_jsd_loss(
     ``"batchmean"``, ``"sum"`` or ``num_items_in_batch``. All else is handed to TRL's own function.
 
     Args:
-        student_logits, teacher_logits: ``[B, T, V]``, already shifted. Fused: the teacher carries
-            no gradient.
-        labels: ``[B, T]``, int64; positions at -100 do not count. None: all count.
+        student_logits, teacher_logits: ``[B, T, V]``, already shifted. Fused, they must have the
+            same shape, and the teacher must not require grad.
+        labels: ``[B, T]``, int64; positions at -100 do not count. None: all count. Fused, int64 or
+            int32, of the logits' leading shape.
         beta: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the mixture.
         temperature: divides both logits.
         reduction: ``"batchmean"`` (sum over the positions that count / their number; without labels
             / B), ``"sum"``, or TRL's ``"mean"`` and ``"none"``, which are elementwise over the
             vocabulary.
         num_items_in_batch: number, or tensor of one element on any device; where given, the result
-            is sum / num_items_in_batch, whatever ``reduction`` says.
-        kwargs: fused: ``backend``, ``support``, ``vocab_mismatch`` of
-            :func:`drkl_triton.reverse_kl`. With any other the call goes to TRL's function.
+            is sum / num_items_in_batch, whatever ``reduction`` says. A tensor of several elements
+            goes to TRL's function.
+        kwargs: ``backend``, ``support``, ``vocab_mismatch`` of :func:`drkl_triton.reverse_kl`, for
+            calls that are fused. With any other the call goes to TRL's function.
 
     Returns:
         0-dim loss in nats. Fused, it is float32 (float64 where either side is float64) also for
-        16-bit logits, in whose dtype TRL computes. The fused form differs in two more cases: a
-        student at -inf adds 0, where 0 x -inf makes TRL's NaN; and num_items_in_batch of 0 gives
-        0, where TRL divides by 0.
+        16-bit logits, in whose dtype TRL computes outside of autocast. The fused form differs in
+        two more cases: a student at -inf adds 0, where 0 x -inf makes TRL's NaN; and
+        num_items_in_batch of 0 gives 0, where TRL divides by 0.
 
     Raises:
-        TypeError, ValueError: fused, as :func:`drkl_triton.reverse_kl`; else TRL's.
+        TypeError, ValueError: fused, as :func:`drkl_triton.reverse_kl`; else TRL's. TypeError for
+            an option of ours in a call that is not fused.
     """
+    several = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1
     summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
-    if not (beta == 1 and summed and kwargs.keys() <= _FUSED_OPTIONS):
+    fused = beta == 1 and summed and not several
+    if ours := sorted(kwargs.keys() & _FUSED_OPTIONS):
+        if not fused:
+            raise TypeError(
+                f"{', '.join(ours)} must go with a call that is fused, got beta={beta!r}, "
+                f"reduction={reduction!r}; pass beta=1 and a reduction of batchmean or sum (or one "
+                "num_items_in_batch), or leave them out"
+            )
+    if not (fused and kwargs.keys() <= _FUSED_OPTIONS):
         return _trl_jsd(
             student_logits,
             teacher_logits,
@@ -88,7 +101,7 @@ def generalized_jsd_loss(
             **kwargs,
         )
     if num_items_in_batch is not None:
-        kwargs |= {"reduction": "mean", "num_items": _one_number(num_items_in_batch)}
+        kwargs |= {"reduction": "mean", "num_items": _first(num_items_in_batch)}
     elif reduction == "sum":
         kwargs["reduction"] = "sum"
     elif labels is None:
@@ -98,11 +111,9 @@ def generalized_jsd_loss(
     )
 
 
-def _one_number(count: float | Tensor) -> float | Tensor:
-    """Data parallelism hands each replica a tensor [1]."""
-    if isinstance(count, Tensor) and count.numel() == 1:
-        return count.reshape(())
-    return count
+def _first(count: float | Tensor) -> float | Tensor:
+    """0-dim. With several GPUs in one process the Trainer passes the same number for each."""
+    return count.reshape(-1)[0] if isinstance(count, Tensor) and count.dim() else count
 
 
 @dataclass
@@ -141,13 +152,15 @@ class DRKLTrainer(GKDTrainer):
 
     Logs besides TRL's, as means over the tokens that count, on all processes:
     ``student_entropy``, ``target_kl``, ``nontarget_kl``, ``student_target_prob`` and
-    ``teacher_target_prob`` of :class:`drkl_triton.RowMetrics` (nats and probabilities, ``eval_``
-    before them in evaluation).
+    ``teacher_target_prob`` of :class:`drkl_triton.RowMetrics` (nats and probabilities), before them
+    in evaluation what stands before ``loss``: ``eval_``, or ``eval_NAME_`` of several data sets.
 
     With ``num_items_in_batch``, which the Trainer passes to models that accept it, the loss of a
     micro-batch is its sum over that number, so gradient accumulation does not change the gradient.
     Where that number counts the tokens of all processes, the loss is multiplied by their number,
-    because their gradients are averaged.
+    because their gradients are averaged. The number is that of the data set's tokens: of
+    micro-batches that were generated (``lmbda``, ``seq_kd``) the mean is taken instead, over the
+    accumulation steps.
     """
 
     _tag_names = ["trl", "gkd", "drkl"]
@@ -161,6 +174,11 @@ class DRKLTrainer(GKDTrainer):
             )
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}  # of the metrics over tokens, and the tokens' number
+        self._generated = False  # whether the batch at hand was
+
+    def generate_on_policy_outputs(self, *args, **kwargs):
+        self._generated = True
+        return GKDTrainer.generate_on_policy_outputs(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -168,7 +186,10 @@ class DRKLTrainer(GKDTrainer):
         self.teacher_model.eval()
         with torch.no_grad():
             teacher_logits = self.teacher_model(**tokens).logits
-        count = None if num_items_in_batch is None else _one_number(num_items_in_batch)
+        count = None if num_items_in_batch is None else _first(num_items_in_batch)
+        if generated := self._generated and count is not None:
+            count = None
+        self._generated = False
         loss, metrics = functional.drkl(
             outputs.logits,
             teacher_logits,
@@ -179,23 +200,35 @@ class DRKLTrainer(GKDTrainer):
             shift=True,
             return_metrics=True,
         )
-        if count is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
+        if generated:  # the Trainer, which passed num_items_in_batch, does not divide
+            loss = loss / self.current_gradient_accumulation_steps
+        elif count is not None and self.args.average_tokens_across_devices:
+            # several GPUs in one process share the loss of the whole batch
+            if self.args.n_gpu <= 1:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add(metrics, (inputs["labels"][..., 1:] != -100).sum())
         return (loss, outputs) if return_outputs else loss
 
     def _add(self, metrics: RowMetrics, count: Tensor) -> None:
         sums = torch.stack([*(getattr(metrics, name).sum() for name in _LOGGED), count])
-        mode = self._mode()
+        mode = "train" if self.model.training else "eval"
         self._sums[mode] = self._sums.get(mode, 0) + sums.float()
 
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
+    def train(self, *args: Any, **kwargs: Any):
+        self._sums.clear()
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        self._sums.pop("eval", None)  # of predict, or of an evaluation that did not end
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        mode = self._mode()
-        if mode in self._sums:
-            *sums, count = self.accelerator.reduce(self._sums.pop(mode)).tolist()
-            for name, total in zip(_LOGGED, sums, strict=True):
-                logs["eval_" * (mode == "eval") + name] = total / max(count, 1)
+        # the entry of a training step, or of the evaluation of one of several data sets
+        losses = [key for key in logs if key == "loss" or re.fullmatch("eval.*_loss", key)]
+        for key in losses[:1]:
+            mode = "train" if key == "loss" else "eval"
+            if mode in self._sums:
+                *sums, count = self.accelerator.reduce(self._sums.pop(mode)).tolist()
+                for name, total in zip(_LOGGED, sums, strict=True):
+                    logs[key.removesuffix("loss") + name] = total / max(count, 1)
         super().log(logs, *args, **kwargs)
