@@ -4,13 +4,16 @@ import os
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import hf
 import pytest
 import torch
-from trl.experimental.gkd import GKDTrainer
 
-import drkl_triton
-from drkl_triton.adapters import trl as adapter
+pytest.importorskip("trl")
+
+import hf  # noqa: E402
+from trl.experimental.gkd import GKDTrainer  # noqa: E402
+
+import drkl_triton  # noqa: E402
+from drkl_triton.adapters import trl as adapter  # noqa: E402
 
 THEIRS = GKDTrainer.generalized_jsd_loss
 B, T, V = 2, 6, 53

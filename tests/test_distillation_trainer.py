@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
-import hf
 import pytest
 import torch
-from transformers import TrainingArguments
 
-from drkl_triton import drkl, reference
+for name in ("transformers", "accelerate", "datasets"):
+    pytest.importorskip(name)
+
+import hf  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
+
+from drkl_triton import drkl, reference  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.append(str(EXAMPLES))

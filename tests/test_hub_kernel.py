@@ -10,6 +10,7 @@ import torch
 
 import drkl_triton
 
+kernels = pytest.importorskip("kernels")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,8 +29,6 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["get_local_kernel", "LOCAL_KERNELS"])
 def kernel(request, tree, tmp_path_factory):
-    import kernels
-
     if request.param == "get_local_kernel":
         return kernels.get_local_kernel(tree)
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ import importlib
 import re
 import sys
 import types
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,12 +52,21 @@ def same_numbers(name, losses=("loss",)):
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6 * size)
 
 
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+
+
 @pytest.fixture
 def one_file(monkeypatch):
     """one_file("a.b.c"): that module out of an installed package, without running the package."""
 
     def load(name):
         *parents, _ = name.split(".")
+        if find_spec(parents[0]) is None:
+            pytest.skip(f"{parents[0]} is not installed")
         folder = Path(find_spec(parents[0]).submodule_search_locations[0])
         for depth in range(len(parents)):
             package = types.ModuleType(".".join(parents[: depth + 1]))
@@ -74,6 +83,7 @@ def one_file(monkeypatch):
 
 
 def test_trl(monkeypatch):
+    pytest.importorskip("trl")
     from trl.experimental.gkd import GKDTrainer
 
     original = GKDTrainer.generalized_jsd_loss
@@ -152,7 +162,7 @@ def test_the_page_names_the_releases_it_was_tried_with():
     names = {"TRL": "trl", "ms-swift": "ms-swift", "torchtune": "torchtune"}
     for title, package in names.items():
         pattern = rf"\[{re.escape(title)}\]\(#[\w-]+\) (\S+),"
-        assert re.search(pattern, PAGE).group(1) == version(package), title
+        assert re.search(pattern, PAGE).group(1) == installed(package), title
 
 
 def test_links():

@@ -7,11 +7,20 @@ a failure again: --hypothesis-seed=N, or the @reproduce_failure line that is pri
 import bounds
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-import drkl_triton
-from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reference, reverse_kl
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import drkl_triton  # noqa: E402
+from drkl_triton import (  # noqa: E402
+    drkl,
+    linear_drkl,
+    linear_reverse_kl,
+    reference,
+    reverse_kl,
+)
 
 OPS = ["reverse_kl", "drkl"]
 OURS = {"reverse_kl": reverse_kl, "drkl": drkl}
