@@ -66,7 +66,7 @@ def dense(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         layout, hint = f"layout {x.layout}", "convert it with .to_dense()"
         if x.is_nested:
-            layout, hint = "a nested tensor", "pad it with .to_padded_tensor(0.0)"
+            layout, hint = "a nested tensor", "make it dense with .to_padded_tensor(0.0)"
         raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}; {hint}")
 
 
