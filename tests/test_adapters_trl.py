@@ -1,6 +1,10 @@
 """The TRL adapter against the installed TRL: its function, its trainer."""
 
 import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -270,6 +274,48 @@ def test_gradient_accumulation_does_not_change_the_run(tokenizer, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * moved + 1e-8)
 
 
+def one_step(folder, batch):
+    """The weights after a step over all of eight conversations, of any number of processes."""
+    tokenizer = hf.tokenizer()
+    args = config(
+        folder, max_steps=1, per_device_train_batch_size=batch, optim="sgd", max_grad_norm=0.0,
+        learning_rate=0.5,
+    )  # fmt: skip
+    vocab = len(tokenizer)
+    trainer = adapter.DRKLTrainer(
+        model=hf.model("llama", vocab, seed=0), teacher_model=hf.model("llama", vocab, seed=1),
+        args=args, train_dataset=hf.conversations().select(range(8)), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        weights = [p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+        torch.save((weights, trainer.state.log_history[0]), folder / f"{batch}.pt")
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    code = f"""
+    import runpy, sys
+    from pathlib import Path
+    sys.path.append({str(Path(__file__).parent)!r})
+    runpy.run_path({__file__!r})["one_step"](Path({str(tmp_path)!r}), 4)
+    """
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(code))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*command, script], check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    one_step(tmp_path, 8)
+    (two, log_two), (one, log_one) = (torch.load(tmp_path / f"{batch}.pt") for batch in (4, 8))
+    before = hf.model("llama", len(hf.tokenizer()), seed=0).parameters()
+    for a, b, old in zip(two, one, before, strict=True):
+        moved = (b - old).abs().max().item()
+        assert moved > 1e-5
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * moved + 1e-8)
+    for name in ("target_kl", "nontarget_kl", "student_entropy"):
+        assert abs(log_two[name] - log_one[name]) < 1e-4 * log_one[name], name
+
+
 def test_errors_of_the_trainer(tokenizer, tmp_path):
     from trl.experimental.gkd import GKDConfig
 
@@ -284,9 +330,6 @@ def test_errors_of_the_trainer(tokenizer, tmp_path):
 
 
 def test_importing_the_package_does_not_import_trl():
-    import subprocess
-    import sys
-
     code = "import sys, drkl_triton; sys.exit(bool({'trl', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert not hasattr(drkl_triton, "DRKLTrainer")
