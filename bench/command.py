@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import tables
 import torch
 from tqdm import tqdm
 
@@ -62,3 +63,48 @@ def in_turn(entries, turn):
     """All of them, another one first each turn."""
     first = turn % len(entries)
     return entries[first:] + entries[:first]
+
+
+def report(
+    options, where, providers, measure, *, case, columns, render, legend, draw, prefix=""
+):  # fmt: skip
+    """Measures, with the CSV kept up to date, then prints the tables and draws. Returns the exit
+    status: 1 if this package is wrong or fails somewhere, 130 if interrupted.
+
+    measure(options, notes, keep): hands rows to ``keep``; ``notes`` say who cannot take part, and
+    why. case: the columns that tell one case from another. draw(rows, stem): the paths written.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = options.name or prefix + tables.slug(options.device, where["device"])
+    path = options.out / f"{name}.csv"
+
+    notes = {
+        (op, provider.name): obstacle
+        for op in options.op
+        for provider in providers
+        if provider.name in options.providers
+        and (obstacle := provider.obstacle(op, options.device))
+    }
+    rows = []
+    absent = [{"op": op, "provider": p, "note": n, **where} for (op, p), n in notes.items()]
+
+    def keep(new):
+        rows.extend(row | where for row in new)
+        tables.add_ratios(rows, case)
+        tables.write_csv(path, rows + absent, columns)
+
+    interrupted = False
+    try:
+        measure(options, notes, keep)
+    except KeyboardInterrupt:
+        interrupted = True
+    parts = (render(rows), tables.render_absent(absent), legend)
+    print("\n\n".join(part for part in parts if part), end="\n\n")
+    print(", ".join(f"{key} {where[key]}" for key in tables.ENVIRONMENT if where[key] != ""))
+    for written in [path, *draw(rows, options.out / name)] if rows else []:
+        print(f"wrote {written}")
+    if interrupted:
+        print("interrupted: what was measured until then is above and in the files")
+        return 130
+    own = {provider.name for provider in providers if provider.own}
+    return int(any(row.get("check") != "ok" for row in rows if row["provider"] in own))

@@ -274,23 +274,20 @@ tune_stage() {
     return "$status"
 }
 
-bench_stage() {
-    local status=0
-    budget "$BENCH"
-    stage "$OUT/bench.txt" "$PYTHON" "$WORK/start.py" "$ROOT/bench/run.py" \
-        --out . --name bench "${BENCH_ARGS[@]}" || status=$?
-    conclude bench "$status" "$(rows "$OUT/bench.csv") in bench.csv, tables in bench.txt"
+# suite NAME SCRIPT SECONDS ARGUMENT...: one of the benchmarks, into NAME.csv and NAME.txt
+suite() {
+    local name=$1 script=$2 status=0
+    budget "$3"
+    shift 3
+    stage "$OUT/$name.txt" "$PYTHON" "$WORK/start.py" "$ROOT/bench/$script" \
+        --out . --name "$name" "$@" || status=$?
+    conclude "$name" "$status" "$(rows "$OUT/$name.csv") in $name.csv, tables in $name.txt"
     return "$status"
 }
 
-linear_stage() {
-    local status=0
-    budget "$LINEAR"
-    stage "$OUT/linear.txt" "$PYTHON" "$WORK/start.py" "$ROOT/bench/linear.py" \
-        --out . --name linear "${LINEAR_ARGS[@]}" || status=$?
-    conclude linear "$status" "$(rows "$OUT/linear.csv") in linear.csv, tables in linear.txt"
-    return "$status"
-}
+bench_stage() { suite bench run.py "$BENCH" "${BENCH_ARGS[@]}"; }
+
+linear_stage() { suite linear linear.py "$LINEAR" "${LINEAR_ARGS[@]}"; }
 
 # --- the day ---
 

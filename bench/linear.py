@@ -18,7 +18,7 @@ try:
     import linear_providers as providers
     import tables
     import torch
-    from command import DTYPES, add_options, first_line, in_turn, progress, settle
+    from command import DTYPES, add_options, first_line, in_turn, progress, report, settle
     from linear_truth import UPSTREAM, Case, Truth
     from tables import digits
     from timing import MB, Clock, allocations, free_memory
@@ -265,41 +265,19 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     where = tables.environment(options.device, arguments, "bench/linear.py")
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = options.name or "linear-" + tables.slug(options.device, where["device"])
-    path = options.out / f"{name}.csv"
-
-    notes = {
-        (op, provider.name): obstacle
-        for op in options.op
-        for provider in providers.ALL
-        if provider.name in options.providers
-        and (obstacle := provider.obstacle(op, options.device))
-    }
-    rows = []
-    absent = [{"op": op, "provider": p, "note": n, **where} for (op, p), n in notes.items()]
-
-    def keep(new):
-        rows.extend(row | where for row in new)
-        tables.add_ratios(rows, CASE)
-        tables.write_csv(path, rows + absent, COLUMNS)
-
-    interrupted = False
-    try:
-        measure(options, notes, keep)
-    except KeyboardInterrupt:
-        interrupted = True
-    parts = (render(rows), tables.render_absent(absent), LEGEND)
-    print("\n\n".join(part for part in parts if part), end="\n\n")
-    print(", ".join(f"{key} {where[key]}" for key in tables.ENVIRONMENT if where[key] != ""))
     fixed = {"tokens": options.tokens[0], "vocab": options.vocab[0]}
-    for written in [path, *linear_plots.draw(rows, fixed, options.out / name)] if rows else []:
-        print(f"wrote {written}")
-    if interrupted:
-        print("interrupted: what was measured until then is above and in the files")
-        return 130
-    own = {provider.name for provider in providers.ALL if provider.own}
-    return int(any(row.get("check") != "ok" for row in rows if row["provider"] in own))
+    return report(
+        options,
+        where,
+        providers.ALL,
+        measure,
+        case=CASE,
+        columns=COLUMNS,
+        render=render,
+        legend=LEGEND,
+        draw=lambda rows, stem: linear_plots.draw(rows, fixed, stem),
+        prefix="linear-",
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import linear_providers as providers
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from plots import legend, unique
+from matplotlib.ticker import FuncFormatter
+from plots import curves, legend, log_scale, unique
 
 # As in plots.py: Okabe and Ito's palette; plain PyTorch and this package are solid, other projects'
 # losses dashed, WRONG is dotted; baselines have hollow markers.
@@ -78,30 +78,12 @@ def _figure(rows, kind, fixed, stem):
 
 
 def _panel(ax, rows, axis, column):
-    for (name,) in unique(rows, "provider"):
-        mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[axis])
-        wrong = any(r.get("check") == "WRONG" for r in mine)
-        style = _style(name, wrong)
-        x, y = [r[axis] for r in mine], [r[column] for r in mine]
-        ax.plot(x, y, label=f"{name} (WRONG)" if wrong else name, **style)
-        if column == "ms":
-            low, high = [r["ms_q1"] for r in mine], [r["ms_q3"] for r in mine]
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    ax.set_xscale("log")
+    curves(ax, rows, axis, column, _style)
     if column == "x_products" and max(r[column] for r in rows) < 10:
         ax.set_ylim(bottom=0)
     else:
-        ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        log_scale(ax)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
-    ax.set_xticks(sorted({row[axis] for row in rows}))
-    ax.xaxis.set_minor_locator(NullLocator())
-    shown = (lambda x, _: f"{x / 1000:.3g}") if axis == "vocab" else (lambda x, _: f"{x:,.0f}")
-    ax.xaxis.set_major_formatter(FuncFormatter(shown))
-    ax.tick_params(axis="x", labelsize=8)
-    ax.grid(True, alpha=0.3)
 
 
 def _style(name, wrong):

@@ -87,31 +87,44 @@ def _figure(rows, kind, stem):
 
 
 def _panel(ax, rows, column, scale):
+    curves(ax, rows, "vocab", column, _style)
+    if scale == "linear":
+        ax.set_ylim(bottom=0)
+        ax.axhline(100, color="grey", linewidth=0.8, linestyle="--")
+    else:
+        log_scale(ax)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
+def curves(ax, rows, axis, column, style_of):
+    """``column`` of each provider against ``axis``, the spread of times behind, and the x axis.
+    style_of(name, wrong): what ax.plot takes.
+    """
     for (name,) in unique(rows, "provider"):
-        mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["vocab"])
+        mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[axis])
         mine = [r for r in mine if r.get(column, "") != ""]
-        wrong = any(r["check"] == "WRONG" for r in mine)
-        style = _style(name, wrong)
-        x, y = [r["vocab"] for r in mine], [r[column] for r in mine]
+        wrong = any(r.get("check") == "WRONG" for r in mine)
+        style = style_of(name, wrong)
+        x, y = [r[axis] for r in mine], [r[column] for r in mine]
         ax.plot(x, y, label=f"{name} (WRONG)" if wrong else name, **style)
         if column == "ms":
             low, high = [r["ms_q1"] for r in mine], [r["ms_q3"] for r in mine]
             ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     ax.set_xscale("log")
-    ax.set_yscale(scale)
-    if scale == "linear":
-        ax.set_ylim(bottom=0)
-        ax.axhline(100, color="grey", linewidth=0.8, linestyle="--")
-    else:
-        low, high = ax.get_ylim()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    ax.set_xticks(sorted({row["vocab"] for row in rows}))
+    ax.set_xticks(sorted({row[axis] for row in rows}))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:.3g}"))
+    shown = (lambda x, _: f"{x / 1000:.3g}") if axis == "vocab" else (lambda x, _: f"{x:,.0f}")
+    ax.xaxis.set_major_formatter(FuncFormatter(shown))
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(True, alpha=0.3)
+
+
+def log_scale(ax):
+    """Of y, with labels between the powers of ten where there are few of them."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure, axes):

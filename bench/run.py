@@ -20,7 +20,7 @@ try:
     import providers
     import tables
     import torch
-    from command import DTYPES, add_options, first_line, in_turn, progress, settle
+    from command import DTYPES, add_options, first_line, in_turn, progress, report, settle
     from tables import MODES, TENSORS_MOVED
     from timing import MB, Clock, Copy, peak_memory
     from truth import UPSTREAM, Case, errors, truth_of
@@ -201,40 +201,17 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     where = tables.environment(options.device, arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = options.name or tables.slug(options.device, where["device"])
-    path = options.out / f"{name}.csv"
-
-    notes = {
-        (op, provider.name): obstacle
-        for op in options.op
-        for provider in providers.ALL
-        if provider.name in options.providers
-        and (obstacle := provider.obstacle(op, options.device))
-    }
-    rows = []
-    absent = [{"op": op, "provider": p, "note": n, **where} for (op, p), n in notes.items()]
-
-    def keep(new):
-        rows.extend(row | where for row in new)
-        tables.add_ratios(rows)
-        tables.write_csv(path, rows + absent)
-
-    interrupted = False
-    try:
-        measure(options, notes, keep)
-    except KeyboardInterrupt:
-        interrupted = True
-    parts = (tables.render(rows), tables.render_absent(absent), tables.LEGEND)
-    print("\n\n".join(part for part in parts if part), end="\n\n")
-    print(", ".join(f"{key} {where[key]}" for key in tables.ENVIRONMENT if where[key] != ""))
-    for written in [path, *plots.draw(rows, options.out / name)] if rows else []:
-        print(f"wrote {written}")
-    if interrupted:
-        print("interrupted: what was measured until then is above and in the files")
-        return 130
-    own = {provider.name for provider in providers.ALL if provider.own}
-    return int(any(row.get("check") != "ok" for row in rows if row["provider"] in own))
+    return report(
+        options,
+        where,
+        providers.ALL,
+        measure,
+        case=tables.CASE,
+        columns=tables.COLUMNS,
+        render=tables.render,
+        legend=tables.LEGEND,
+        draw=plots.draw,
+    )
 
 
 if __name__ == "__main__":

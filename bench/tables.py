@@ -24,6 +24,8 @@ ENVIRONMENT = (
     *("device", "driver", "threads", "wait_policy", "torch", "triton", "python"),
     *("commit", "command"),
 )
+# The columns that tell one case from another.
+CASE = ("op", "dtype", "mode", "vocab")
 COLUMNS = (
     *("op", "mode", "dtype", "vocab", "tokens", "provider", "version"),
     *("check", "result_error", "grad_error", "ms", "ms_q1", "ms_q3", "runs"),
@@ -103,7 +105,7 @@ def timed(times, nbytes, copy_gb_per_s):
     return row | {"percent_of_copy": 100 * row["gb_per_s"] / copy_gb_per_s}
 
 
-def add_ratios(rows, case=("op", "dtype", "mode", "vocab")):
+def add_ratios(rows, case=CASE):
     """x_<provider>: this row's time over that provider's in the same case."""
     groups = {}
     for row in rows:

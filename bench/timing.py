@@ -12,6 +12,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints two lines
 
 import torch  # noqa: E402
 
+from drkl_triton.slices import free_cuda_memory  # noqa: E402
+
 MB = 10**6
 
 
@@ -26,8 +28,7 @@ def last_level_cache(device):
 def free_memory(device):
     """Bytes that can still be allocated, or None where nothing says."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return free_cuda_memory(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

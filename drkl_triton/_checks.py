@@ -111,8 +111,8 @@ def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismat
 # --- hidden states and output matrices ---
 
 
-def head(who: str, hidden, weight, bias, scale, softcap) -> None:
-    """A model's output layer. who: "student" or "teacher"."""
+def head(who: str, hidden, weight, bias) -> None:
+    """The tensors of a model's output layer. who: "student" or "teacher"."""
     names = [f"{who}_{part}" for part in ("hidden", "weight", "bias")]
     _floats(
         names[0], hidden, "[..., H]", "pass the model's last hidden states, .last_hidden_state say"
@@ -131,7 +131,6 @@ def head(who: str, hidden, weight, bias, scale, softcap) -> None:
                 f"got shape {tuple(bias.shape)}; pass the bias of the same layer"
             )
         same_device(names[2], bias, hidden, names[0])
-    head_numbers(who, scale, softcap)
 
 
 def head_numbers(who: str, scale, softcap) -> None:
@@ -216,13 +215,14 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str):
     columns that count, the dtypes of the student's and of the teacher's matrix product).
     """
     one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
-    head("student", *student)
+    head("student", *student[:3])
+    head_numbers("student", *student[3:])
     head_numbers("teacher", *teacher[3:])
     _teacher_is_one(*teacher, teacher_logits)
     hidden, matrix = student[:2]
     dtype = product_dtype("student_weight", matrix, "student_hidden", hidden)
     if teacher_logits is None:
-        head("teacher", *teacher)
+        head("teacher", *teacher[:3])
         source, source_name = teacher[0], "teacher_hidden"
         teacher_dtype = product_dtype("teacher_weight", teacher[1], source_name, source)
         sizes = matrix.shape[0], teacher[1].shape[0]

@@ -176,12 +176,16 @@ def _multiply_in_parts(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
             torch.mm(x, y, out=z)
 
 
+def free_cuda_memory(device: torch.device) -> int:
+    """Bytes that the device has, or that PyTorch's allocator holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def default_chunk_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return CHUNK_BYTES
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    quarter = 1 << max(0, (free // 4).bit_length() - 1)
+    quarter = 1 << max(0, (free_cuda_memory(device) // 4).bit_length() - 1)
     return min(max(quarter, CHUNK_BYTES), MAX_CHUNK_BYTES)
 
 

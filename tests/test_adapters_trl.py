@@ -155,12 +155,16 @@ def config(folder, cls=adapter.DRKLConfig, **options):
     return cls(**defaults | options)
 
 
-def train(trainer_class, args, kind, tokenizer, **options):
+def make(trainer_class, args, kind, tokenizer, data=None, **options):
     vocab = len(tokenizer)
-    trainer = trainer_class(
+    return trainer_class(
         model=hf.model(kind, vocab, seed=0), teacher_model=hf.model(kind, vocab, seed=1),
-        args=args, train_dataset=hf.conversations(), processing_class=tokenizer, **options,
+        args=args, train_dataset=data or hf.conversations(), processing_class=tokenizer, **options,
     )  # fmt: skip
+
+
+def train(*args, **options):
+    trainer = make(*args, **options)
     trainer.train()
     return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -193,11 +197,7 @@ def test_metrics_are_those_of_their_own_steps(tokenizer, tmp_path):
         learning_rate=0.0, per_device_train_batch_size=16,
     )  # fmt: skip
     sets = {"a": data.select(range(2)), "b": data}
-    vocab = len(tokenizer)
-    trainer = adapter.DRKLTrainer(
-        model=hf.model("llama", vocab, seed=0), teacher_model=hf.model("llama", vocab, seed=1),
-        args=args, train_dataset=data, eval_dataset=sets, processing_class=tokenizer,
-    )  # fmt: skip
+    trainer = make(adapter.DRKLTrainer, args, "llama", tokenizer, eval_dataset=sets)
     trainer.train()
     trainer.predict(data)
     trainer.evaluate()
@@ -219,11 +219,7 @@ def test_metrics_are_those_of_their_own_steps(tokenizer, tmp_path):
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor([7]), torch.tensor([[7], [7]])])
 def test_the_trainers_loss_is_that_of_the_sliced_logits(num_items, tokenizer, tmp_path):
     args = config(tmp_path, gamma=0.7, loss_temperature=1.5)
-    vocab = len(tokenizer)
-    trainer = adapter.DRKLTrainer(
-        model=hf.model("llama", vocab, seed=0), teacher_model=hf.model("llama", vocab, seed=1),
-        args=args, train_dataset=hf.conversations(), processing_class=tokenizer,
-    )  # fmt: skip
+    trainer = make(adapter.DRKLTrainer, args, "llama", tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     loss, outputs = trainer.compute_loss(
         trainer.model, batch, return_outputs=True, num_items_in_batch=num_items
@@ -281,12 +277,8 @@ def one_step(folder, batch):
         folder, max_steps=1, per_device_train_batch_size=batch, optim="sgd", max_grad_norm=0.0,
         learning_rate=0.5,
     )  # fmt: skip
-    vocab = len(tokenizer)
-    trainer = adapter.DRKLTrainer(
-        model=hf.model("llama", vocab, seed=0), teacher_model=hf.model("llama", vocab, seed=1),
-        args=args, train_dataset=hf.conversations().select(range(8)), processing_class=tokenizer,
-    )  # fmt: skip
-    trainer.train()
+    data = hf.conversations().select(range(8))
+    trainer, _ = train(adapter.DRKLTrainer, args, "llama", tokenizer, data)
     if trainer.accelerator.is_main_process:
         weights = [p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
         torch.save((weights, trainer.state.log_history[0]), folder / f"{batch}.pt")
