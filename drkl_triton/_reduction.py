@@ -44,7 +44,7 @@ def reduce(
 
 
 def total(loss: Tensor, weights: Tensor | None, denominator: Tensor | None) -> Tensor:
-    """The sum, or without a denominator of None the mean."""
+    """The mean, or where ``denominator`` is None the sum."""
     result = (loss if weights is None else loss * weights).sum()
     return result if denominator is None else _divide(result, denominator)
 

@@ -172,7 +172,7 @@ class LinearFunction(torch.autograd.Function):
 class LinearMeanFunction(torch.autograd.Function):
     """The reduced loss from hidden states, with the gradients made in forward: (reduced, loss [N],
     *metrics [N]), of which the first has a gradient. Tensors as above, then the weights and the
-    denominator of ``_reduction.reduce``, and its derivative.
+    denominator of ``_reduction.total``, and its derivative.
     """
 
     @staticmethod
