@@ -6,9 +6,9 @@
     losses     |ours - truth| <= 2 |baseline - truth| + 16 eps (1 + gamma) (1 + |truth|)
 
 kappa is an element's condition: the absolute values of the terms it is made of, times 1 + |log q|
-for the exponential. Beside it stands what the truth itself is off: without labels its log q, a
+for the exponential. Beside it stands what the truth itself is off: its log q (log q^ for DRKL), a
 difference of numbers of order 1, has an absolute error of about eps64, where the exact one may be
--1e-22 (``own_error``).
+-1e-22 (``own_error``). tests/test_numerics.py has such a row in 60 digits.
 """
 
 import torch
@@ -64,10 +64,14 @@ def condition(name, student, teacher, labels, upstream, *, gamma=0.5, temperatur
     return kappa * present * upstream.double().abs()[..., None] / temperature
 
 
-def own_error(student, teacher, labels, upstream, *, temperature=1.0, **_):
+def own_error(name, student, teacher, labels, upstream, *, gamma=0.5, temperature=1.0, **_):
     """[..., V], of the gradient in float64."""
-    q = reference.softmax(student.double(), temperature=temperature)
-    return 8 * torch.finfo(torch.float64).eps * q * upstream.abs()[..., None] / temperature
+    s, weight = student.double(), 1.0
+    if name == "drkl":
+        s, weight = s.scatter(-1, labels.clamp_min(0)[..., None], -INF), gamma
+    q = reference.softmax(s, temperature=temperature).nan_to_num(0.0)  # no column but the label's
+    scale = weight * upstream.abs()[..., None] / temperature
+    return 8 * torch.finfo(torch.float64).eps * q * scale
 
 
 def excess(name, student, teacher, labels, upstream, *, backend, **options):
@@ -84,7 +88,7 @@ def excess(name, student, teacher, labels, upstream, *, backend, **options):
     kappa = condition(name, *inputs, **options)
     denormal = out.smallest_normal * out.eps + torch.finfo(ours_loss.dtype).smallest_normal
     grad_bound = 2 * (grad_b - grad).abs() + 8 * eps * kappa + 2 * out.eps * grad.abs() + denormal
-    grad_bound = grad_bound + own_error(*inputs, **options)
+    grad_bound = grad_bound + own_error(name, *inputs, **options)
     return ratio(ours_loss, loss, loss_bound), ratio(ours_grad, grad, grad_bound)
 
 

@@ -4,13 +4,15 @@
 
 from functools import lru_cache
 
+import bounds
+import mpmath
 import pytest
 import torch
 from bounds import INF, excess, ratio
 from torch.autograd import gradcheck
 
 import drkl_triton
-from drkl_triton import reference
+from drkl_triton import drkl, reference
 
 # one tile holds 1024 columns of bfloat16, 512 of float32
 VOCABULARIES = [
@@ -144,3 +146,34 @@ def test_gradient_is_exactly_zero_where_the_distributions_agree(backend):
         (grad,) = torch.autograd.grad(loss, s, torch.randn(3))
         assert (loss == 0).all()
         assert (grad == 0).all()
+
+
+def test_a_row_that_float64_cannot_tell(backend):
+    """Off the label the student is sure of one column: its gradient is minus what the others have,
+    1e-33, while the logarithms that it is made of differ from 0 by less than eps64. By mpmath.
+    """
+    student = torch.tensor([[-724.0, -682.5, -753.0, -698.0, -663.875, -618.0]])
+    teacher = torch.tensor([[-26.75, 25.25, -62.25, -14.5, 39.5, 96.5]])
+    label, gamma, temperature = 5, 0.0625, 0.25
+    with mpmath.workdps(60):
+        s, t = (
+            [mpmath.mpf(v) / mpmath.mpf(temperature) for v in x[0].tolist()]
+            for x in (student, teacher)
+        )
+        rest = [k for k in range(len(s)) if k != label]
+        log_sums = [mpmath.log(sum(mpmath.exp(x[k]) for k in rest)) for x in (s, t)]
+        log_q, log_p = ({k: x[k] - z for k in rest} for x, z in zip((s, t), log_sums, strict=True))
+        n = sum(mpmath.exp(log_q[k]) * (log_q[k] - log_p[k]) for k in rest)
+        u, v = s[label] - log_sums[0], t[label] - log_sums[1]
+        c = (u - v) * mpmath.exp(-u) / (1 + mpmath.exp(-u)) ** 2
+        exact = [mpmath.exp(log_q[k]) * (gamma * (log_q[k] - log_p[k] - n) - c) for k in rest]
+        exact.insert(label, c)
+        exact = torch.tensor([float(g / temperature) for g in exact]).double()
+    inputs = (student, teacher, torch.tensor([label]), torch.ones(1, dtype=torch.float64))
+    options = {"gamma": gamma, "temperature": temperature}
+    _, grad = bounds.run(drkl, *inputs, backend=backend, **options)
+    assert exact.abs().max() > 1e-36  # float32 has it
+    torch.testing.assert_close(grad[0].double(), exact, rtol=1e-5, atol=1e-38)
+    (_, truth), _ = bounds.truth_and_baseline("drkl", *inputs, **options)
+    assert (truth[0] - exact).abs().max() > 0.5 * exact.abs().max()
+    assert max(bounds.excess("drkl", *inputs, backend=backend, **options)) <= 1
