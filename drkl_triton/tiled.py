@@ -34,8 +34,9 @@ CHUNKS = 4
 # Rows looked at together where it must be settled whether sums are good.
 CHUNK_ROWS = 8
 # The columns whose maxima a row's sums are relative to at first, and how far, in powers of two,
-# sums and (for a gradient of 32 bits) exponentials may rise above them (kernels/online_softmax.py).
-FIRST, MAX_SUM, MAX_RISE = 2048, 2.0**22, 11.5
+# sums and (for a gradient of 32 bits) exponentials may rise above them; and how many times an
+# element's condition the terms may be that it is the difference of (kernels/online_softmax.py).
+FIRST, MAX_SUM, MAX_RISE, MAX_OFFSET = 2048, 2.0**22, 11.5, 4.0
 HUGE_PAGE = 2 << 20
 INF = float("inf")
 LOG2E = 1.4426950408889634
@@ -258,19 +259,33 @@ def _sums_are_good(sums, student, teacher, V, scale) -> Tensor:
     m_s, d_s, a, h, m_t, d_t, s_y, t_y, _ = sums
     d = torch.maximum(d_s, d_t)
     good = (d < MAX_SUM) & a.isfinite() & h.isfinite()
-    if student.tensor.element_size() >= 4:
-        # an exponential is no larger than its sum; where that does not settle it, look
-        N = d.numel()
-        for i, j in _ranges(N, CHUNK_ROWS, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
-            for rows, m, at_label in ((student, m_s, s_y), (teacher, m_t, t_y)):
-                tile = _tile(rows, i, j, 0, V)
-                if ((tile.amax(1) - m[i:j]) * scale < MAX_RISE).all():
-                    continue
-                # the label's logit may be the largest, and does not count
-                first, second = tile.topk(2, dim=1).values.unbind(1)
-                top = torch.where(at_label[i:j] == first, second, first)
-                good[i:j] &= (top - m[i:j]) * scale < MAX_RISE
+    log_s, log_t = d_s.log2(), d_t.log2()
+    mean = a / d_s * scale
+    kl = (mean + log_t - log_s).abs()
+    offset = mean.abs()
+    # No exponential is larger than its sum, and the first maximum's, 1, is one of the others. Where
+    # that does not settle it, look.
+    look = offset > MAX_OFFSET * (1 / d_s + 1 / d_t + kl)
+    wide = student.tensor.element_size() >= 4
+    if wide:
+        look |= d >= 2**MAX_RISE
+    for i, j in _ranges(d.numel(), CHUNK_ROWS, (student, teacher), ~(good & look)):
+        rise_s = _rise(_tile(student, i, j, 0, V), m_s[i:j], s_y[i:j]) * scale
+        rise_t = _rise(_tile(teacher, i, j, 0, V), m_t[i:j], t_y[i:j]) * scale
+        doubt = log_s[i:j] - rise_s + log_t[i:j] - rise_t
+        good[i:j] &= offset[i:j] <= MAX_OFFSET * (doubt + kl[i:j])
+        if wide:
+            good[i:j] &= torch.maximum(rise_s, rise_t) < MAX_RISE
     return good
+
+
+def _rise(logits: Tensor, m: Tensor, at_label: Tensor) -> Tensor:
+    """[rows]: how far the largest logit is above m. The label's may be larger, and does not count."""
+    top = logits.amax(1)
+    if (top == at_label).any():
+        first, second = logits.topk(2, dim=1).values.unbind(1)
+        top = torch.where(at_label == first, second, first)
+    return top - m
 
 
 def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:

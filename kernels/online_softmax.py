@@ -19,9 +19,9 @@ holds no barrier.
 Nothing needs m to be the maximum: any number not so far below it that the sums overflow serves as
 well, because a float keeps its relative precision wherever it stands. So most of a row is summed
 relative to the maximum of its first tile (``add_tile_at``), with no maximum, no rescaling and no
-select in the loop, and ``sums_are_good`` says afterwards whether that went well. Where it did not
-(a -inf or a NaN somewhere, or a logit far above the first tile's) ``add_tile`` does the row again
-with running maxima.
+select in the loop, and ``sums_are_good`` and ``loses_the_sure`` say afterwards whether that went
+well. Where it did not (a -inf or a NaN somewhere, a logit far above the first tile's, or both models
+sure of one there) ``add_tile`` does the row again with running maxima.
 """
 
 import triton
@@ -31,6 +31,9 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # How far, in powers of two, sums and single exponentials may rise above m (``sums_are_good``).
 MAX_SUM: tl.constexpr = tl.constexpr(4194304.0)
 MAX_RISE: tl.constexpr = tl.constexpr(11.5)
+# How many times the condition of a gradient's element the terms it is the difference of may be
+# (``loses_the_sure``).
+MAX_OFFSET: tl.constexpr = tl.constexpr(4.0)
 
 
 @triton.jit
@@ -93,6 +96,28 @@ def sums_are_good(d_s, a, h, d_t):
     """
     finite: tl.constexpr = 3.0e38
     return (d_s < MAX_SUM) & (d_t < MAX_SUM) & (tl.abs(a) < finite) & (tl.abs(h) < finite)
+
+
+@triton.jit
+def loses_the_sure(d_s, a, d_t, one_s, one_t, scale, SPLIT: tl.constexpr):
+    """Whether sums made by ``add_tile_at`` are too coarse for a column k, far above m, that both
+    models are sure of.
+
+    The gradient there is log q_k - log p_k - KL, all three nearly 0, made as the difference of two
+    numbers that need not be: x_k = (s_k - m_s) - (t_k - m_t), and the mean of x, a / d_s. Rounding
+    takes some eps |a / d_s| from it, and may take some eps (|log q_k| + |log p_k| + KL). With m at
+    the maxima the two are nearly 0 as well.
+
+    one_s, one_t: no less than the largest exponential of either sum, k's. Of a share of the row
+    (SPLIT) the offset is not known yet, as another share may have the higher m; but it is no more
+    than what k rises above m in this share, the logarithm of its sum.
+    """
+    log_s, log_t = tl.log2(tl.maximum(d_s, 1.0)), tl.log2(tl.maximum(d_t, 1.0))
+    mean = a / tl.maximum(d_s, 1.0) * scale
+    kl = tl.abs(mean + log_t - log_s)
+    doubt = log_s - tl.log2(tl.maximum(one_s, 1e-30)) + log_t - tl.log2(tl.maximum(one_t, 1e-30))
+    offset = tl.maximum(log_s, log_t) if SPLIT else tl.abs(mean)
+    return offset > (doubt + kl) * MAX_OFFSET
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from .online_softmax import (
     add_tile,
     add_tile_at,
     empty_lanes,
+    loses_the_sure,
     merge_lanes,
     move_maxima,
     sums_are_good,
@@ -111,7 +112,7 @@ def sum_uneven_parts(
 def sum_at_first_maxima(
     s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    ENTROPY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to the maxima of what is walked first, and
     whether they are wrong.
@@ -141,6 +142,10 @@ def sum_at_first_maxima(
     sh = tl.sum(h + tl.sum(th, axis=1), axis=0)
     sd_t = tl.sum(d_t + tl.sum(td_t, axis=1), axis=0)
     wrong = tl.where(sums_are_good(sd_s, sa, sh, sd_t), absent, 1)
+    # A column's exponential is no larger than the lane's sum that it is in.
+    one_s = tl.max(tl.max(td_s, axis=1), axis=0)
+    one_t = tl.max(tl.max(td_t, axis=1), axis=0)
+    wrong = tl.where(loses_the_sure(sd_s, sa, sd_t, one_s, one_t, scale, SPLIT), 1, wrong)
     if WIDE:
         # A gradient of 16 bits hides how differences of 8 to 15 nats are rounded; this one does
         # not.
@@ -216,7 +221,7 @@ def row_sums_kernel(
         else:
             m_s, d_s, a, h, m_t, d_t, care = sum_at_first_maxima(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY,
+                is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY, SPLITS > 1,
             )  # fmt: skip
             store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
         if care != 0:

@@ -180,7 +180,7 @@ def rank_main(rank, port, form, how, path):
     if rank == 0:
         torch.save((grads, how == "DDP" or sharded), path)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # past destructors that may hang: test_adapters_trl.py says why
 
 
 @forms
