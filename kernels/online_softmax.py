@@ -99,7 +99,7 @@ def sums_are_good(d_s, a, h, d_t):
 
 
 @triton.jit
-def loses_the_sure(d_s, a, d_t, one_s, one_t, scale, SPLIT: tl.constexpr):
+def loses_the_sure(d_s, a, d_t, top, scale, SPLIT: tl.constexpr):
     """Whether sums made by ``add_tile_at`` are too coarse for a column k, far above m, that both
     models are sure of.
 
@@ -108,15 +108,15 @@ def loses_the_sure(d_s, a, d_t, one_s, one_t, scale, SPLIT: tl.constexpr):
     takes some eps |a / d_s| from it, and may take some eps (|log q_k| + |log p_k| + KL). With m at
     the maxima the two are nearly 0 as well.
 
-    one_s, one_t: no less than the largest exponential of either sum, k's. Of a share of the row
-    (SPLIT) the offset is not known yet, as another share may have the higher m; but it is no more
-    than what k rises above m in this share, the logarithm of its sum.
+    top: no less than the product of k's two exponentials. Of a share of the row (SPLIT) the offset
+    is not known yet, as another share may have the higher m; but it is no more than what k rises
+    above m in this share, the logarithm of its sum.
     """
-    log_s, log_t = tl.log2(tl.maximum(d_s, 1.0)), tl.log2(tl.maximum(d_t, 1.0))
-    mean = a / tl.maximum(d_s, 1.0) * scale
-    kl = tl.abs(mean + log_t - log_s)
-    doubt = log_s - tl.log2(tl.maximum(one_s, 1e-30)) + log_t - tl.log2(tl.maximum(one_t, 1e-30))
-    offset = tl.maximum(log_s, log_t) if SPLIT else tl.abs(mean)
+    d_s, d_t = tl.maximum(d_s, 1.0), tl.maximum(d_t, 1.0)
+    mean = a / d_s * scale
+    kl = tl.abs(mean + tl.log2(d_t / d_s))
+    doubt = tl.log2(d_s * d_t / tl.maximum(top, 1.0))
+    offset = tl.log2(tl.maximum(d_s, d_t)) if SPLIT else tl.abs(mean)
     return offset > (doubt + kl) * MAX_OFFSET
 
 

@@ -126,9 +126,13 @@ def sum_at_first_maxima(
     # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
     absent = tl.max(absent, axis=0)
     stop = tl.where(absent > 0, first, last - 1)
-    td_s = tl.zeros([LANES, VEC], ACC)
-    ta, th, td_t = td_s, td_s, td_s
-    max_s, max_t = td_s + top_s, td_s + top_t
+    # The lanes' sums so far go into the tile's, an equal share to each column: they need no registers
+    # besides. A share is a power of two of the sum, and exact.
+    SHARE: tl.constexpr = 1.0 / VEC
+    zeros = tl.zeros([LANES, VEC], ACC)
+    td_s, td_t = zeros + (d_s * SHARE)[:, None], zeros + (d_t * SHARE)[:, None]
+    ta, th = zeros + (a * SHARE)[:, None], zeros + (h * SHARE)[:, None]
+    max_s, max_t = zeros + top_s, zeros + top_t
     UNROLL: tl.constexpr = 2 if ALIGNED else 1  # narrow loads need their registers for addresses
     WIDE: tl.constexpr = s_body.dtype.element_ty.primitive_bitwidth >= 32
     for i in tl.range(first, stop, loop_unroll_factor=UNROLL):
@@ -137,15 +141,14 @@ def sum_at_first_maxima(
         td_s, ta, th, td_t = add_tile_at(td_s, ta, th, td_t, s, t, top_s, top_t, scale, ENTROPY)
         if WIDE:
             max_s, max_t = tl.maximum(max_s, s), tl.maximum(max_t, t)
-    sd_s = tl.sum(d_s + tl.sum(td_s, axis=1), axis=0)
-    sa = tl.sum(a + tl.sum(ta, axis=1), axis=0)
-    sh = tl.sum(h + tl.sum(th, axis=1), axis=0)
-    sd_t = tl.sum(d_t + tl.sum(td_t, axis=1), axis=0)
+    d_s, d_t = tl.sum(td_s, axis=1), tl.sum(td_t, axis=1)
+    sd_s, sd_t = tl.sum(d_s, axis=0), tl.sum(d_t, axis=0)
+    sa = tl.sum(tl.sum(ta, axis=1), axis=0)
+    sh = tl.sum(tl.sum(th, axis=1), axis=0)
     wrong = tl.where(sums_are_good(sd_s, sa, sh, sd_t), absent, 1)
-    # A column's exponential is no larger than the lane's sum that it is in.
-    one_s = tl.max(tl.max(td_s, axis=1), axis=0)
-    one_t = tl.max(tl.max(td_t, axis=1), axis=0)
-    wrong = tl.where(loses_the_sure(sd_s, sa, sd_t, one_s, one_t, scale, SPLIT), 1, wrong)
+    # A column's exponentials are no larger than the sums of its lane.
+    top = tl.max(d_s * d_t, axis=0)
+    wrong = tl.where(loses_the_sure(sd_s, sa, sd_t, top, scale, SPLIT), 1, wrong)
     if WIDE:
         # A gradient of 16 bits hides how differences of 8 to 15 nats are rounded; this one does
         # not.
