@@ -33,6 +33,8 @@ SCRATCH = 3 << 20
 CHUNKS = 4
 # Rows looked at together where it must be settled whether sums are good.
 CHUNK_ROWS = 8
+# Blocks that a tile's exponentials are summed in, to see whether one of them holds nearly all.
+BLOCKS = 16
 # The columns whose maxima a row's sums are relative to at first, and how far, in powers of two,
 # sums and (for a gradient of 32 bits) exponentials may rise above them; and how many times an
 # element's condition the terms may be that it is the difference of (kernels/online_softmax.py).
@@ -214,6 +216,7 @@ def row_sums(
     m_s, m_t = sums[0, :, None], sums[4, :, None]
 
     labelled = bool(((label >= 0) | unread).all())
+    top = torch.zeros_like(sums[0])
 
     def at_first_maxima(i, j, scratch):
         _, d_s, a, h, _, d_t, *_ = sums[:, i:j]
@@ -230,15 +233,18 @@ def row_sums(
                 row = ((y >= c) & (y < e)).nonzero()[:, 0]
                 at = row, y[row, 0] - c
                 x[at] = z[at] = -1e36
-            d_s.add_(torch.mul(x, scale, out=q).exp2_().sum(1))
+            blocks = _block_sums(torch.mul(x, scale, out=q).exp2_())
+            d_s.add_(blocks.sum(1))
             if entropy:
                 h.add_(torch.mul(x, q, out=spare[0]).sum(1))
             x.sub_(z)
-            d_t.add_(z.mul_(scale).exp2_().sum(1))
+            blocks_t = _block_sums(z.mul_(scale).exp2_())
+            d_t.add_(blocks_t.sum(1))
             a.add_(x.mul_(q).sum(1))
+            torch.maximum(top[i:j], blocks.mul_(blocks_t).amax(1), out=top[i:j])
 
     spread(at_first_maxima, 4 if entropy else 3, skipped=unread)
-    good = _sums_are_good(sums, student, teacher, V, scale)
+    good = _sums_are_good(sums, top, student, teacher, V, scale)
     sums[:, unread] = 0.0
     if not good.all():
         spread(carefully, 3, skipped=good | unread)
@@ -252,40 +258,39 @@ def _first_maximum(logits: Tensor, label: Tensor) -> Tensor:
     return torch.where((label >= 0) & (label < K), second, first)
 
 
-def _sums_are_good(sums, student, teacher, V, scale) -> Tensor:
+def _block_sums(x: Tensor) -> Tensor:
+    """[rows, blocks]: the sums of x [rows, columns], a block of columns at a time."""
+    width = max(1, x.shape[1] // BLOCKS)
+    count = x.shape[1] // width
+    whole = x[:, : count * width].unflatten(1, (count, width)).sum(2)
+    rest = x[:, count * width :]
+    return torch.cat([whole, rest.sum(1, keepdim=True)], 1) if rest.shape[1] else whole
+
+
+def _sums_are_good(sums, top, student, teacher, V, scale) -> Tensor:
     """[N]: kernels/online_softmax.py; a finite `a` means that no logit is infinite. False with a
-    NaN.
+    NaN. top [N]: no less than the largest product of a column's two exponentials.
     """
     m_s, d_s, a, h, m_t, d_t, s_y, t_y, _ = sums
     d = torch.maximum(d_s, d_t)
     good = (d < MAX_SUM) & a.isfinite() & h.isfinite()
-    log_s, log_t = d_s.log2(), d_t.log2()
     mean = a / d_s * scale
-    kl = (mean + log_t - log_s).abs()
-    offset = mean.abs()
-    # No exponential is larger than its sum, and the first maximum's, 1, is one of the others. Where
-    # that does not settle it, look.
-    look = offset > MAX_OFFSET * (1 / d_s + 1 / d_t + kl)
-    wide = student.tensor.element_size() >= 4
-    if wide:
-        look |= d >= 2**MAX_RISE
-    for i, j in _ranges(d.numel(), CHUNK_ROWS, (student, teacher), ~(good & look)):
-        rise_s = _rise(_tile(student, i, j, 0, V), m_s[i:j], s_y[i:j]) * scale
-        rise_t = _rise(_tile(teacher, i, j, 0, V), m_t[i:j], t_y[i:j]) * scale
-        doubt = log_s[i:j] - rise_s + log_t[i:j] - rise_t
-        good[i:j] &= offset[i:j] <= MAX_OFFSET * (doubt + kl[i:j])
-        if wide:
-            good[i:j] &= torch.maximum(rise_s, rise_t) < MAX_RISE
+    kl = (mean + (d_t / d_s).log2()).abs()
+    doubt = (d_s * d_t / top).log2()
+    good &= ~(mean.abs() > MAX_OFFSET * (doubt + kl))
+    if student.tensor.element_size() >= 4:
+        # an exponential is no larger than its sum; where that does not settle it, look
+        N = d.numel()
+        for i, j in _ranges(N, CHUNK_ROWS, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
+            for rows, m, at_label in ((student, m_s, s_y), (teacher, m_t, t_y)):
+                tile = _tile(rows, i, j, 0, V)
+                if ((tile.amax(1) - m[i:j]) * scale < MAX_RISE).all():
+                    continue
+                # the label's logit may be the largest, and does not count
+                first, second = tile.topk(2, dim=1).values.unbind(1)
+                largest = torch.where(at_label[i:j] == first, second, first)
+                good[i:j] &= (largest - m[i:j]) * scale < MAX_RISE
     return good
-
-
-def _rise(logits: Tensor, m: Tensor, at_label: Tensor) -> Tensor:
-    """[rows]: how far the largest logit is above m. The label's may be larger, and does not count."""
-    top = logits.amax(1)
-    if (top == at_label).any():
-        first, second = logits.topk(2, dim=1).values.unbind(1)
-        top = torch.where(at_label == first, second, first)
-    return top - m
 
 
 def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
