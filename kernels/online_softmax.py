@@ -20,8 +20,8 @@ Nothing needs m to be the maximum: any number not so far below it that the sums 
 well, because a float keeps its relative precision wherever it stands. So most of a row is summed
 relative to the maximum of its first tile (``add_tile_at``), with no maximum, no rescaling and no
 select in the loop, and ``sums_are_good`` and ``loses_the_sure`` say afterwards whether that went
-well. Where it did not (a -inf or a NaN somewhere, a logit far above the first tile's, or both models
-sure of one there) ``add_tile`` does the row again with running maxima.
+well. Where it did not (a -inf or a NaN somewhere, a logit far above the first tile's, or both
+models sure of one there) ``add_tile`` does the row again with running maxima.
 """
 
 import triton
