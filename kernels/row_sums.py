@@ -126,8 +126,8 @@ def sum_at_first_maxima(
     # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
     absent = tl.max(absent, axis=0)
     stop = tl.where(absent > 0, first, last - 1)
-    # The lanes' sums so far go into the tile's, an equal share to each column, and need no registers
-    # of their own. VEC is a power of two, so a share is exact.
+    # The lanes' sums so far go into the tile's, an equal share to each column, and need no
+    # registers of their own. VEC is a power of two, so a share is exact.
     SHARE: tl.constexpr = 1.0 / VEC
     zeros = tl.zeros([LANES, VEC], ACC)
     td_s, td_t = zeros + (d_s * SHARE)[:, None], zeros + (d_t * SHARE)[:, None]
