@@ -82,13 +82,13 @@ def generalized_jsd_loss(
     several = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1
     summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
     fused = beta == 1 and summed and not several
-    if ours := sorted(kwargs.keys() & _FUSED_OPTIONS):
-        if not fused:
-            raise TypeError(
-                f"{', '.join(ours)} must go with a call that is fused, got beta={beta!r}, "
-                f"reduction={reduction!r}; pass beta=1 and a reduction of batchmean or sum (or one "
-                "num_items_in_batch), or leave them out"
-            )
+    ours = sorted(kwargs.keys() & _FUSED_OPTIONS)
+    if ours and not fused:
+        raise TypeError(
+            f"{', '.join(ours)} must go with a call that is fused, got beta={beta!r}, "
+            f"reduction={reduction!r}; pass beta=1 and a reduction of batchmean or sum (or one "
+            "num_items_in_batch), or leave them out"
+        )
     if not (fused and kwargs.keys() <= _FUSED_OPTIONS):
         return _trl_jsd(
             student_logits,
