@@ -33,6 +33,8 @@ INVALID = -3  # a label outside the vocabulary; loss and gradient NaN
 
 SUMS = 9  # rows of the table of sums
 SCALARS = 7  # rows of the table of gradient scalars
+UNIT = 2.0**-24  # what the sums a and h are multiplied with (kernels/online_softmax.py)
+MISSING = 2  # the scan's care: the teacher is -inf at a column where the student is finite
 
 INF = float("inf")
 NAN = float("nan")
@@ -78,15 +80,18 @@ class _Row(NamedTuple):
 
 
 def _read(sums: Tensor, inv_temperature: Tensor, labelled: bool, label: Tensor) -> _Row:
-    m_s, d_s, a, _, m_t, d_t, s_y, t_y, _ = sums.unbind(0)
+    """Edges are decided by the raw logits and by what the scan saw of them. A sum, a log-odds or an
+    exponential that has overflowed or underflowed decides nothing: logits may be the lowest finite
+    number, and a temperature may move any difference beyond it.
+    """
+    m_s, d_s, a, _, m_t, d_t, s_y, t_y, care = sums.unbind(0)
     log_d, log_dt = d_s.log(), d_t.log()
     empty = d_s == 0
-    slope = torch.where(empty, 0.0, a / torch.where(empty, 1.0, d_s))
+    slope = torch.where(empty, 0.0, a / torch.where(empty, 1.0, d_s)) / UNIT
     nontarget = slope * inv_temperature + torch.where(empty, 0.0, log_dt - log_d)
     is_nan = d_s.isnan() | d_t.isnan() | (label == INVALID)
-    # the teacher has -inf where the student is finite: the term was e * inf, which is inf, or NaN
-    # where e underflowed
-    is_inf = ~slope.isfinite()
+    # finite logits, too, may have a divergence that is no longer a number of this dtype
+    is_inf = (care == MISSING) | ~nontarget.isfinite()
     nontarget = torch.where(is_inf, INF, nontarget)
     if not labelled:
         return _Row(
@@ -103,9 +108,13 @@ def _read(sums: Tensor, inv_temperature: Tensor, labelled: bool, label: Tensor) 
     is_nan = is_nan | torch.where(has_label, nan_target, empty | (d_t == 0))
     no_target = s_y == -INF
     is_inf = is_inf | (has_label & ~no_target & (t_y == -INF))
-    # nothing but the label; finfo.min everywhere else comes to the same
-    alone = has_label & (empty | (u == INF))
+    alone = has_label & empty
     return _Row(nontarget, slope, log_d, is_nan, is_inf, alone, u, v, no_target)
+
+
+def _times(mass: Tensor, x: Tensor) -> Tensor:
+    """mass * x, and 0 where the mass is, whatever x has become: 0 log 0 = 0."""
+    return torch.where(mass == 0, 0.0, mass * x)
 
 
 def _target_kl(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +123,8 @@ def _target_kl(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
     """
     log_q, log_rest = logsigmoid(row.u), logsigmoid(-row.u)
     q, rest = log_q.exp(), log_rest.exp()
-    # 0 log 0 = 0, selected before the product
-    at_label = torch.where(row.no_target, 0.0, q * (log_q - logsigmoid(row.v)))
-    elsewhere = torch.where(row.alone, 0.0, rest * (log_rest - logsigmoid(-row.v)))
-    return at_label + elsewhere, q, rest
+    at_label = _times(q, log_q - logsigmoid(row.v))
+    return at_label + _times(rest, log_rest - logsigmoid(-row.v)), q, rest
 
 
 def losses(
@@ -139,18 +146,19 @@ def losses(
     kl = row.nontarget_kl
     if labelled:
         target_kl, q, rest = _target_kl(row)
-        loss = target_kl + (rest if gamma is None else gamma) * kl
+        loss = target_kl + _times(rest if gamma is None else gamma, kl)
         loss = torch.where(has_label, loss, kl)
     else:
         loss = kl
     loss = _finish(loss, row, ignored)
     if not metrics:
         return (loss,)
-    entropy = row.log_d - torch.where(row.log_d == -INF, 0.0, sums[3] / sums[1]) * inv_temperature
+    mean = torch.where(row.log_d == -INF, 0.0, sums[3] / sums[1]) / UNIT
+    entropy = row.log_d - mean * inv_temperature
     if not labelled:
         return loss, _clean(entropy, row.is_nan, ignored)
-    h_target = -torch.where(row.no_target, 0.0, q * logsigmoid(row.u))
-    h_rest = torch.where(row.alone, 0.0, rest * (entropy - logsigmoid(-row.u)))
+    h_target = -_times(q, logsigmoid(row.u))
+    h_rest = _times(rest, entropy - logsigmoid(-row.u))
     entropy = torch.where(has_label, h_target + h_rest, entropy)
     target_kl = torch.where(~row.no_target & (sums[7] == -INF), INF, target_kl)
     p = torch.sigmoid(row.v)
@@ -189,24 +197,33 @@ def gradient_scalars(
     where log q^_k - log p^_k - N = ((s_k - m_s) - (t_k - m_t) - slope) / temperature.
     """
     row = _read(sums, inv_temperature, labelled, label)
-    up = upstream * inv_temperature
     weight, g_y = _weight_and_pull(row, label, gamma, labelled)
-    w1 = up * weight * inv_temperature / sums[1]
-    w0 = -up * (weight * row.slope * inv_temperature + g_y) / sums[1]
+    is_inf = row.is_inf | ~g_y.isfinite()
     # a row that the caller weighs with 0 (num_items=0, say) has gradient 0, whatever it holds
-    zero = (label == IGNORED) | (upstream == 0) | ((row.is_inf | row.alone) & ~row.is_nan)
+    zero = (label == IGNORED) | (upstream == 0) | ((is_inf | row.alone) & ~row.is_nan)
     live = ~(zero | row.is_nan)
-    poison = torch.where(row.is_nan & ~zero, NAN, torch.zeros_like(up))
-    # shift = +inf tells the kernels that the row's gradient is 0 and need not be read. Elsewhere it
-    # moves powers of two from w1 to the exponential, so that w1 times the lowest finite number (a
-    # mask, where the exponential is 0) does not overflow: 0 * inf is NaN.
+    poison = torch.where(row.is_nan & ~zero, NAN, torch.zeros_like(upstream))
+    # w1 may be multiplied with the lowest finite number (a mask, where the exponential is 0), so it
+    # is made small by powers of two that go to the exponential as far as that has room (``shift``).
+    # Each factor takes its part, because the product may overflow before it is made small. What the
+    # exponential has no room for comes back: then a product may overflow, and ``care`` is needed.
+    d_s = sums[1]
+    height = (upstream * weight / d_s).abs().log2() + 2 * inv_temperature.log2()
+    down = (-(height + 2) / 4).floor().clamp(-128, 0)  # w1 becomes 1/64 to 1/4
+    part = torch.exp2(down)
+    shift = (4 * down).clamp_min(-126)
+    back = torch.exp2((shift - 4 * down).clamp_max(100))
+    inv_part = inv_temperature * part
+    up = upstream * part * inv_part
+    w1 = up * weight * inv_part / d_s * part * back
+    w0 = -up * ((weight * row.slope * inv_temperature + g_y) * part) / d_s * part * back
+    at_label = _times(g_y, upstream * inv_temperature)
+    # shift = +inf tells the kernels that the row's gradient is 0 and need not be read
+    shift = torch.where(zero, INF, torch.where(live, shift, 0.0))
     w1 = torch.where(live, w1, 0.0)
-    shift = -(w1.abs().log2().ceil() + 2).clamp_min(0)
-    w1 = w1 * torch.exp2(shift)
-    w0 = torch.where(live, w0 * torch.exp2(shift), poison)
-    at_label = torch.where(live, up * g_y, poison)
-    shift = torch.where(zero, INF, shift)
-    return torch.stack([sums[0], sums[4], shift, w1, w0, at_label, sums[8]])
+    w0, at_label = (torch.where(live, x, poison) for x in (w0, at_label))
+    care = torch.maximum(sums[8], (back > 1).to(sums.dtype))
+    return torch.stack([sums[0], sums[4], shift, w1, w0, at_label, care])
 
 
 def _weight_and_pull(
@@ -218,7 +235,7 @@ def _weight_and_pull(
     has_label = label >= 0
     log_q, log_rest = logsigmoid(row.u), logsigmoid(-row.u)
     pull = row.u - row.v if gamma is not None else row.u - row.v - row.nontarget_kl
-    g_y = torch.where(row.no_target | ~has_label, 0.0, (log_q + log_rest).exp() * pull)
+    g_y = torch.where(has_label, _times((log_q + log_rest).exp(), pull), 0.0)
     return torch.where(has_label, log_rest.exp() if gamma is None else gamma, 1.0), g_y
 
 
@@ -261,6 +278,6 @@ def _moved(
     rescale = torch.exp(down_s * inv_temperature)
     d_s = d_s * rescale
     empty = d_s == 0  # down_s may be anything there, and 0 * inf is NaN
-    a = rescale * a + d_s * torch.where(empty, 0.0, down_s - down_t)
-    h = rescale * h + d_s * torch.where(empty, 0.0, down_s)
+    a = rescale * a + d_s * torch.where(empty, 0.0, down_s * UNIT - down_t * UNIT)
+    h = rescale * h + d_s * torch.where(empty, 0.0, down_s * UNIT)
     return d_s, a, h, d_t * torch.exp(down_t * inv_temperature)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._layout import Rows
-from .algebra import IGNORED, INVALID, SUMS, merge
+from .algebra import IGNORED, INVALID, MISSING, SUMS, UNIT, merge
 
 # Elements of scratch, of all threads together: 12.6 MB in float32. Divided among two threads and
 # three buffers, an operation takes 100 microseconds and what it costs besides its work is small.
@@ -245,6 +245,7 @@ def row_sums(
 
     spread(at_first_maxima, 4 if entropy else 3, skipped=unread)
     good = _sums_are_good(sums, top, student, teacher, V, scale)
+    sums[2:4] *= UNIT
     sums[:, unread] = 0.0
     if not good.all():
         spread(carefully, 3, skipped=good | unread)
@@ -323,15 +324,17 @@ def _sum_carefully(s, t, label, scale, buffers, teacher_support, entropy):
     m_s = x.amax(1).clamp_min_(floor)
     m_t = z.amax(1).clamp_min_(floor)
     absent = x == -INF
+    missing = (z == -INF).logical_and_(~absent).any(1)
     x.sub_(m_s[:, None])
     z.sub_(m_t[:, None])
-    torch.sub(x, z, out=ratio).masked_fill_(absent, 0.0)
+    torch.mul(z, UNIT, out=ratio).neg_().add_(x, alpha=UNIT).masked_fill_(absent, 0.0)
     d_t = z.mul_(scale).exp2_().sum(1)
     e = torch.mul(x, scale, out=z).exp2_()
     d_s = e.sum(1)
-    h = x.masked_fill_(absent, 0.0).mul_(e).sum(1) if entropy else torch.zeros_like(d_s)
+    h = x.masked_fill_(absent, 0.0).mul_(UNIT).mul_(e).sum(1) if entropy else torch.zeros_like(d_s)
     a = ratio.mul_(e).sum(1)
-    return torch.stack([m_s, d_s, a, h, m_t, d_t, *at_label, torch.ones_like(a)])
+    care = torch.where(missing, MISSING, torch.ones_like(a))
+    return torch.stack([m_s, d_s, a, h, m_t, d_t, *at_label, care])
 
 
 def row_grad(
@@ -356,9 +359,8 @@ def row_grad(
     out[:, V:].zero_()
     m_s, m_t, shift, w1, w0, at_label, care = scalars[:, :, None].unbind(0)
     zero = shift[:, 0] == INF
-    nan = torch.where(w0[:, 0].isnan(), w0[:, 0], 0.0)
-    # Rows of gradient 0 are not read, nor those without a valid label.
-    unread = zero | (label == IGNORED) | (label == INVALID)
+    # Rows of gradient 0 are not read, nor those that are NaN.
+    unread = zero | w0[:, 0].isnan()
     scale = inv_temperature * LOG2E
     careful = (care[:, 0] != 0).tolist() if on_cpu and not teacher_support else [True] * N
     shifted = (shift[:, 0] != 0).tolist() if on_cpu else [True] * N
@@ -370,33 +372,29 @@ def row_grad(
             t = _tile(teacher, i, j, c, e)
             _minus(_tile(student, i, j, c, e), m_s[i:j], x)
             _minus(t, m_t[i:j], z)
-            if care:
-                # A column the student leaves out has exponential 0; without a ratio of its own the
-                # product is 0, too. The teacher's -inf stands only at such columns: a row where it
-                # meets a finite student has loss +inf and gradient 0.
-                if teacher_support:
-                    x.masked_fill_(t == -INF, -INF)
-                absent = x == -INF
-            torch.sub(x, z, out=z)
-            if care:
-                z.masked_fill_(absent, 0.0)
-            z.mul_(w1[i:j]).add_(w0[i:j])
+            if teacher_support:
+                x.masked_fill_(t == -INF, -INF)
+            torch.sub(x, z, out=z).mul_(w1[i:j]).add_(w0[i:j])
             x.mul_(scale)
             if shifts:
                 x.sub_(shift[i:j])
+            x.exp2_()
+            if care:
+                # The student leaves the column out, or as good as: 0, whatever the teacher says.
+                z.masked_fill_(x == 0, 0.0)
             g = out[i:j, c:e]
             if g.dtype == acc:
-                torch.mul(x.exp2_(), z, out=g)
+                torch.mul(x, z, out=g)
             else:  # mul could convert, too, but takes twice as long
-                g.copy_(x.exp2_().mul_(z))
+                g.copy_(x.mul_(z))
 
     _spread((student, teacher), N, V, acc, work, 2, skipped=unread if on_cpu else None)
-    fill = torch.where(zero, 0.0, nan)[:, None]
+    fill = torch.where(zero, 0.0, torch.full_like(w0[:, 0], float("nan")))[:, None]
     if on_cpu:
         out[unread, :V] = fill[unread].to(out.dtype)
     else:
         out[:, :V] = torch.where(unread[:, None], fill.to(out.dtype), out[:, :V])
-    has_label = ~unread & (label >= 0)
+    has_label = ~zero & (label >= 0)
     where = torch.arange(N, device=label.device), torch.where(has_label, label, 0)
     out[where] = torch.where(has_label, at_label[:, 0].to(out.dtype), out[where])
     return out

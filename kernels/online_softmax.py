@@ -4,13 +4,15 @@ A state is six numbers for some set S of columns (k runs over S, x relative to t
 
     m_s = max s_k     d_s = sum 2^{scale (s_k - m_s)}
     m_t = max t_k     d_t = sum 2^{scale (t_k - m_t)}
-    a = sum 2^{scale (s_k - m_s)} ((s_k - m_s) - (t_k - m_t))
-    h = sum 2^{scale (s_k - m_s)} (s_k - m_s)
+    a = sum 2^{scale (s_k - m_s)} ((s_k - m_s) - (t_k - m_t)) UNIT
+    h = sum 2^{scale (s_k - m_s)} (s_k - m_s) UNIT
 
-with scale = log2(e) / temperature, so that a and h are in units of raw logits; algebra.py divides
-them by the temperature. The empty state is m = FLOOR, everything else 0, where FLOOR is the lowest
-finite number of the accumulator: it is below every finite logit and, unlike -inf, it can be
-subtracted. States of disjoint sets merge in any order.
+with scale = log2(e) / temperature, so that a and h are in units of raw logits, times a power of two
+that keeps them finite where logits are the lowest finite number (masks are written so): algebra.py
+divides by it and by the temperature. The empty state is m = FLOOR, everything else 0, where FLOOR
+is the lowest finite number of the accumulator: no finite logit is below it and, unlike -inf, it can
+be subtracted. It is a legal logit, too: what tells an empty state is d = 0. States of disjoint sets
+merge in any order.
 
 A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the loop runs along VEC,
 inside one thread. The lanes are merged once, at the end of the row, so the loop over the vocabulary
@@ -28,6 +30,9 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# What a and h are multiplied with: 2^-24, so that 2^22 differences of the largest logits still have
+# a sum. algebra.py has the same number.
+UNIT: tl.constexpr = tl.constexpr(5.9604644775390625e-08)
 # How far, in powers of two, sums and single exponentials may rise above m (``sums_are_good``).
 MAX_SUM: tl.constexpr = tl.constexpr(4194304.0)
 MAX_RISE: tl.constexpr = tl.constexpr(11.5)
@@ -59,19 +64,17 @@ def add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY: tl.constexpr):
     d_s += tl.sum(e, axis=1)
     d_t += tl.sum(tl.exp2(z * scale), axis=1)
     # 0 * inf is NaN: a column the student leaves out is selected by its logit, before any product.
-    # Where the student's logit is finite and the teacher's is -inf, x - z = +inf makes `a`
-    # non-finite even if e has underflowed to 0.
     absent = s == float("-inf")
-    a += tl.sum(e * tl.where(absent, 0.0, x - z), axis=1)
+    a += tl.sum(e * tl.where(absent, 0.0, x * UNIT - z * UNIT), axis=1)
     if ENTROPY:
-        h += tl.sum(e * tl.where(absent, 0.0, x), axis=1)
+        h += tl.sum(e * tl.where(absent, 0.0, x * UNIT), axis=1)
     return new_s, d_s, a, h, new_t, d_t
 
 
 @triton.jit
 def add_tile_at(d_s, a, h, d_t, s, t, m_s, m_t, scale, ENTROPY: tl.constexpr):
-    """Fold the tiles s, t into sums of the tile's own shape, relative to fixed m_s, m_t. Wrong, and
-    not finite, where a logit is -inf.
+    """Fold the tiles s, t into sums of the tile's own shape, relative to fixed m_s, m_t; a and h
+    without UNIT. Wrong, and not finite, where a logit is -inf.
     """
     x = s - m_s
     z = t - m_t
@@ -128,12 +131,10 @@ def move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY: tl.const
     rescale = tl.exp2(down_s * scale)
     d_s *= rescale
     # Where nothing is left of the state down_s may be anything, even -inf: 0 * -inf would be NaN.
-    # And down_s near -3e38 (masks written with finfo.min) must not be multiplied before d_s has
-    # become 0.
     empty = d_s == 0.0
-    a = rescale * a + d_s * tl.where(empty, 0.0, down_s - down_t)
+    a = rescale * a + d_s * tl.where(empty, 0.0, down_s * UNIT - down_t * UNIT)
     if ENTROPY:
-        h = rescale * h + d_s * tl.where(empty, 0.0, down_s)
+        h = rescale * h + d_s * tl.where(empty, 0.0, down_s * UNIT)
     return d_s, a, h, d_t * tl.exp2(down_t * scale)
 
 

@@ -2,8 +2,9 @@
 
     sums[0:6, row] = m_s, d_s, a, h, m_t, d_t   over the columns k != label (online_softmax.py)
     sums[6:8, row] = s_label, t_label
-    sums[8, row]   = care: 1 where one of these columns is -inf, say, so that the gradient needs a
-                     select, too; 0 where every logit is finite
+    sums[8, row]   = care: 0 where every logit is finite; 1 where one of these columns is -inf, say,
+                     so that the gradient needs a select, too; 2 where the teacher is -inf at one
+                     where the student's logit is not (its mass may have underflowed)
 
 Reads 2 N V elements (a row that needs care may be read twice), writes 9 N. With SPLITS > 1 every
 program writes the sums of its share and merge_sums_kernel adds them up.
@@ -16,6 +17,7 @@ from . import launch, tuning
 from .online_softmax import (
     LOG2E,
     MAX_RISE,
+    UNIT,
     add_tile,
     add_tile_at,
     empty_lanes,
@@ -64,17 +66,24 @@ def load_whole_pair(
 
 
 @triton.jit
+def is_missing(s, t):
+    """2 where the teacher leaves out what the student does not."""
+    return ((t == float("-inf")) & (s != float("-inf"))).to(tl.int32) * 2
+
+
+@triton.jit
 def add_part(
-    m_s, d_s, a, h, m_t, d_t, absent, s_ptr, t_ptr, offs, mask, scale,
+    m_s, d_s, a, h, m_t, d_t, care, s_ptr, t_ptr, offs, mask, scale,
     ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Load what the mask leaves, fold it into the lanes' state, and note in ``absent`` the lanes
-    where the student leaves out one of these columns.
+    """Load what the mask leaves, fold it into the lanes' state, and note in ``care`` the lanes
+    where one of the two leaves out one of these columns.
     """
     s, t = load_pair(s_ptr, t_ptr, offs, mask, ACC, TEACHER_SUPPORT)
-    absent = absent | (tl.max(((s == float("-inf")) & mask).to(tl.int32), axis=1))
+    absent = ((s == float("-inf")) & mask).to(tl.int32)
+    care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(s, t)), axis=1))
     m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
-    return m_s, d_s, a, h, m_t, d_t, absent
+    return m_s, d_s, a, h, m_t, d_t, care
 
 
 @triton.jit
@@ -84,28 +93,28 @@ def sum_uneven_parts(
     ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The lanes' state after all that takes a mask: tile ``picked`` without the label's vector and,
-    where is_end, the body's last tile and the ends. Last comes ``absent`` [LANES].
+    where is_end, the body's last tile and the ends. Last comes ``care`` [LANES].
     """
     m_s, d_s = empty_lanes(LANES, ACC)
     m_t, d_t, a, h = m_s, d_s, d_s, d_s
-    absent = tl.zeros([LANES], tl.int32)
+    care = tl.zeros([LANES], tl.int32)
     offs, mask = vectors(picked, last * LANES, skip, LANES, VEC)
-    m_s, d_s, a, h, m_t, d_t, absent = add_part(
-        m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body, offs, mask, scale,
+    m_s, d_s, a, h, m_t, d_t, care = add_part(
+        m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
         ACC, TEACHER_SUPPORT, ENTROPY,
     )  # fmt: skip
     if is_end:
         offs, mask = vectors(body // LANES, body, skip, LANES, VEC)
-        m_s, d_s, a, h, m_t, d_t, absent = add_part(
-            m_s, d_s, a, h, m_t, d_t, absent, s_body, t_body, offs, mask, scale,
+        m_s, d_s, a, h, m_t, d_t, care = add_part(
+            m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
             ACC, TEACHER_SUPPORT, ENTROPY,
         )  # fmt: skip
         cols, ends = end_columns(head, body, skip, V, LANES, VEC)
-        m_s, d_s, a, h, m_t, d_t, absent = add_part(
-            m_s, d_s, a, h, m_t, d_t, absent, s_row, t_row, cols, ends & (cols != label), scale,
+        m_s, d_s, a, h, m_t, d_t, care = add_part(
+            m_s, d_s, a, h, m_t, d_t, care, s_row, t_row, cols, ends & (cols != label), scale,
             ACC, TEACHER_SUPPORT, ENTROPY,
         )  # fmt: skip
-    return m_s, d_s, a, h, m_t, d_t, absent
+    return m_s, d_s, a, h, m_t, d_t, care
 
 
 @triton.jit
@@ -117,21 +126,22 @@ def sum_at_first_maxima(
     """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to the maxima of what is walked first, and
     whether they are wrong.
     """
-    m_s, d_s, a, h, m_t, d_t, absent = sum_uneven_parts(
+    m_s, d_s, a, h, m_t, d_t, care = sum_uneven_parts(
         s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
         LANES, VEC, ACC, False, ENTROPY,
     )  # fmt: skip
     top_s, top_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
     d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
     # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
-    absent = tl.max(absent, axis=0)
-    stop = tl.where(absent > 0, first, last - 1)
+    care = tl.max(care, axis=0)
+    stop = tl.where(care > 0, first, last - 1)
     # The lanes' sums so far go into the tile's, an equal share to each column, and need no
     # registers of their own. VEC is a power of two, so a share is exact.
     SHARE: tl.constexpr = 1.0 / VEC
+    RAW_SHARE: tl.constexpr = SHARE / UNIT
     zeros = tl.zeros([LANES, VEC], ACC)
     td_s, td_t = zeros + (d_s * SHARE)[:, None], zeros + (d_t * SHARE)[:, None]
-    ta, th = zeros + (a * SHARE)[:, None], zeros + (h * SHARE)[:, None]
+    ta, th = zeros + (a * RAW_SHARE)[:, None], zeros + (h * RAW_SHARE)[:, None]
     max_s, max_t = zeros + top_s, zeros + top_t
     UNROLL: tl.constexpr = 2 if ALIGNED else 1  # narrow loads need their registers for addresses
     WIDE: tl.constexpr = s_body.dtype.element_ty.primitive_bitwidth >= 32
@@ -145,7 +155,7 @@ def sum_at_first_maxima(
     sd_s, sd_t = tl.sum(d_s, axis=0), tl.sum(d_t, axis=0)
     sa = tl.sum(tl.sum(ta, axis=1), axis=0)
     sh = tl.sum(tl.sum(th, axis=1), axis=0)
-    wrong = tl.where(sums_are_good(sd_s, sa, sh, sd_t), absent, 1)
+    wrong = tl.where(sums_are_good(sd_s, sa, sh, sd_t), care, 1)
     # A column's exponentials are no larger than the sums of its lane.
     top = tl.max(d_s * d_t, axis=0)
     wrong = tl.where(loses_the_sure(sd_s, sa, sd_t, top, scale, SPLIT), 1, wrong)
@@ -155,7 +165,7 @@ def sum_at_first_maxima(
         rise_s = tl.max(tl.max(max_s, axis=1), axis=0) - top_s
         rise_t = tl.max(tl.max(max_t, axis=1), axis=0) - top_t
         wrong = tl.where(tl.maximum(rise_s, rise_t) * scale > MAX_RISE, 1, wrong)
-    return top_s, sd_s, sa, sh, top_t, sd_t, wrong
+    return top_s, sd_s, sa * UNIT, sh * UNIT, top_t, sd_t, wrong
 
 
 @triton.jit
@@ -164,8 +174,10 @@ def sum_carefully(
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
     TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to running maxima, whatever it holds."""
-    m_s, d_s, a, h, m_t, d_t, _ = sum_uneven_parts(
+    """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to running maxima, whatever it holds, and
+    ``care``.
+    """
+    m_s, d_s, a, h, m_t, d_t, care = sum_uneven_parts(
         s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
         LANES, VEC, ACC, TEACHER_SUPPORT, ENTROPY,
     )  # fmt: skip
@@ -173,7 +185,10 @@ def sum_carefully(
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
         m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
-    return merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
+        if not TEACHER_SUPPORT:
+            care = tl.maximum(care, tl.max(is_missing(s, t), axis=1))
+    m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
+    return m_s, d_s, a, h, m_t, d_t, tl.maximum(tl.max(care, axis=0), 1)
 
 
 @triton.jit
@@ -228,11 +243,11 @@ def row_sums_kernel(
             )  # fmt: skip
             store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
         if care != 0:
-            cm_s, cd_s, ca, ch, cm_t, cd_t = sum_carefully(
+            cm_s, cd_s, ca, ch, cm_t, cd_t, care = sum_carefully(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
                 is_end, scale, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY,
             )  # fmt: skip
-            store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, scale * 0.0 + 1.0)
+            store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, care)
     else:
         zero = scale * 0.0
         store_sums(sums_ptr, N, zero, zero, zero, zero, zero, zero, zero)

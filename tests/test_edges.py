@@ -9,7 +9,7 @@ import torch
 from bounds import INF, excess, run
 
 import drkl_triton
-from drkl_triton import reference
+from drkl_triton import kernels, reference, tiled
 
 NAN = float("nan")
 LOSSES = [("reverse_kl", False), ("reverse_kl", True), ("drkl", True)]
@@ -236,23 +236,102 @@ def test_large_gradients_stay_zero_where_the_student_is_out(name, labelled, back
     assert max(excess(name, s, t, labels, upstream, backend=backend, temperature=0.4)) <= 1
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "drkl"])
-def test_one_hot_student_of_finite_logits(name, backend):
-    s = torch.full((1, 9), torch.finfo(torch.float32).min)
-    s[0, 3], t = 0.0, torch.randn(1, 9)
-    loss, grad = run(
-        getattr(drkl_triton, name),
-        s,
-        t,
-        torch.tensor([3]),
-        torch.ones(1),
-        backend=backend,
-        temperature=0.5,
+LOW = torch.finfo(torch.float32).min
+
+
+def right(name, labelled, s, t, y, backend, **options):
+    """Whether loss and gradient of single rows are within the bound."""
+    s, t = torch.as_tensor(s), torch.as_tensor(t)
+    labels = torch.as_tensor(y) if labelled else None
+    upstream = torch.linspace(0.5, 1.5, len(s))
+    return max(excess(name, s, t, labels, upstream, backend=backend, **options)) <= 1
+
+
+@over_losses
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_one_hot_student_of_finite_logits(name, labelled, temperature, backend):
+    """Nothing is absent, so the tail still has its gradient, below a temperature of 1, too."""
+    s, t = torch.full((1, 9), LOW), torch.randn(1, 9)
+    s[0, 3] = 0.0
+    assert right(name, labelled, s, t, [3], backend, temperature=temperature)
+    _, grad = run(
+        drkl_triton.drkl, s, t, torch.tensor([3]), torch.ones(1), backend=backend,
+        temperature=temperature,
+    )  # fmt: skip
+    assert grad.count_nonzero() == 8
+
+
+@over_losses
+def test_masks_of_the_lowest_finite_number_that_overlap_in_part(name, labelled, backend):
+    s = [[1.0, 0.0, 0.0, 0.0, LOW, LOW, LOW, LOW]]
+    t = [[0.0, 1.0, 0.0, 0.0, 0.0, 0.0, LOW, LOW]]
+    assert right(name, labelled, s, t, [0], backend)
+    if name == "drkl":
+        loss = drkl_triton.drkl(
+            torch.tensor(s), torch.tensor(t), torch.tensor([0]), backend=backend
+        )
+        assert loss.item() == pytest.approx(0.5888, abs=5e-5)
+
+
+@over_losses
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_such_masks_anywhere_in_long_rows(name, labelled, dtype, splits, backend, monkeypatch):
+    """Lanes, splits and spans that see nothing but masks of one side, or of both."""
+    if splits > 1 and backend == "tiled":
+        monkeypatch.setattr(tiled, "SCRATCH", 9000)  # more spans
+    choose = kernels.tuning.choose
+    monkeypatch.setattr(
+        kernels.tuning, "choose", lambda *a, **k: choose(*a, **k | {"splits": splits})
     )
-    expected = -torch.log_softmax(t / 0.5, -1)[0, 3]
-    if name == "reverse_kl":
-        torch.testing.assert_close(loss[0], expected)
-    assert loss.isfinite().all() and (grad == 0).all()
+    low, V = torch.finfo(dtype).min, 9001
+    s, t = torch.randn(6, V).to(dtype), torch.randn(6, V).to(dtype)
+    masked = torch.zeros(6, V, dtype=torch.bool)
+    for row, columns in enumerate((slice(4000), slice(5000, V), slice(0, V, 2), slice(1, V, 64))):
+        masked[row, columns] = True
+    masked[4:] = torch.rand(2, V) < 0.98
+    s[masked] = low
+    t[masked & (torch.rand(6, V) < 0.7)] = low
+    labels = torch.tensor([0, 8999, 4500, 1, 77, 9000])
+    assert right(name, labelled, s, t, labels, backend)
+
+
+@pytest.mark.parametrize("columns", [100, 3000])
+def test_a_teacher_of_masks_the_student_does_not_share(columns, backend):
+    """The sum of 50 such differences is no number of float32 any more, their mean is."""
+    s, t = torch.zeros(1, columns), torch.zeros(1, columns)
+    t[0, ::2] = LOW
+    assert right("reverse_kl", False, s, t, None, backend)
+    loss = drkl_triton.reverse_kl(s, t, backend=backend)
+    assert loss.item() == pytest.approx(-LOW / 2, rel=1e-5)
+
+
+@over_losses
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 0.01])
+def test_a_label_at_the_lowest_finite_number(name, labelled, temperature, backend):
+    s, t = [[LOW, 1.0, 3.0]], [[0.0, 1.0, 2.0]]
+    assert right(name, labelled, s, t, [0], backend, temperature=temperature)
+    options = dict(backend=backend, temperature=temperature, return_metrics=True)
+    _, metrics = drkl_triton.drkl(torch.tensor(s), torch.tensor(t), torch.tensor([0]), **options)
+    assert all(x.isfinite().all() for x in metrics)
+    if name == "reverse_kl" and temperature == 0.9:
+        loss, _ = one(name, labelled, s[0], t[0], 0, backend, temperature=0.9)
+        assert loss == pytest.approx(0.1514, abs=5e-5)
+
+
+@over_losses
+@pytest.mark.parametrize("exponent", [*range(-37, -11, 4), -9, -3, 3, 13, 25, 37])
+def test_every_temperature_that_is_documented(name, labelled, exponent, backend):
+    temperature = 10.0**exponent
+    s, t = torch.randn(3, 40), torch.randn(3, 40)
+    s[1, 5:9], t[1, 5:9] = LOW, LOW
+    s[2, 20:], t[2, 20:] = -INF, -INF
+    y, upstream = torch.tensor([1, 2, 3]) if labelled else None, torch.tensor([1.0, -300.0, 1e-4])
+    inputs, options = (s, t, y, upstream), dict(backend=backend, temperature=temperature)
+    _, grad = run(getattr(drkl_triton, name), *inputs, **options)
+    assert not grad.isnan().any()
+    if exponent > -16:  # below, what float32 may be off is more than float32 can hold
+        assert max(excess(name, *inputs, **options)) <= 1
 
 
 def test_a_teacher_from_inference_mode(backend):
