@@ -74,7 +74,7 @@ def _divergence(case):
     (loss, grad), (loss_b, grad_b) = bounds.truth_and_baseline(
         case.op, *inputs, upstream, **options
     )
-    kappa = bounds.condition(case.op, *inputs, upstream, **options)
+    kappa, flushed = bounds.condition(case.op, *inputs, upstream, **options)
     eps, out_eps = _eps(case.dtype)
     weights = 2 if case.op == "reverse_kl" else 1 + GAMMA
     loss, loss_b = (x[case.of_row].mean() for x in (loss, loss_b))  # the mean of all N rows
@@ -85,7 +85,8 @@ def _divergence(case):
         grad_limit=2 * (grad_b - grad).abs()
         + 8 * eps * kappa
         + 2 * out_eps * grad.abs()
-        + _denormal(case.dtype),
+        + _denormal(case.dtype)
+        + torch.finfo(torch.float32).smallest_normal * (1 + flushed),
     )
 
 

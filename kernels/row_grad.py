@@ -80,12 +80,12 @@ def grad_part(
 @triton.jit
 def store_zeros(
     row_ptr, head, body, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Zero this program's share of a row."""
     ptr = body_pointer(row_ptr, head, ALIGNED)
     zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
-    first, last, is_end = split_tiles(body, LANES, SPLITS)
+    first, last, is_end = split_tiles(body, LANES, SPLIT)
     for i in range(first, last):
         tl.store(ptr + tile_offsets(i, LANES, VEC), zeros)
     if is_end:
@@ -100,7 +100,7 @@ def row_grad_kernel(
     student_ptr, teacher_ptr, label_ptr, scale_ptr, scalars_ptr, dstudent_ptr,
     stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
     stride_d: tl.int64, inner_s, inner_t, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
 ):  # fmt: skip
     # Invariant: every column below V is written by exactly one program, once.
@@ -111,7 +111,7 @@ def row_grad_kernel(
     d_row = dstudent_ptr + row * stride_d
     head, body = cut_row(d_row, V, VEC, ALIGNED)
     if shift == float("inf"):
-        store_zeros(d_row, head, body, V, LANES, VEC, SPLITS, ALIGNED)
+        store_zeros(d_row, head, body, V, LANES, VEC, SPLIT, ALIGNED)
     else:
         m_s = tl.load(scalars_ptr)
         m_t = tl.load(scalars_ptr + N)
@@ -125,7 +125,7 @@ def row_grad_kernel(
         t_body = body_pointer(t_row, head, ALIGNED)
         d_body = body_pointer(d_row, head, ALIGNED)
         skip = label_vector(label, head, body, VEC)
-        first, last, is_end = split_tiles(body, LANES, SPLITS)
+        first, last, is_end = split_tiles(body, LANES, SPLIT)
         mine = (skip >= first * LANES) & (skip < last * LANES)
         picked = tl.where(mine, skip // LANES, last)
 
@@ -192,7 +192,7 @@ def row_grad(
         row_grad_kernel[(N, tile.splits)](
             student.tensor, teacher.tensor, label, inv_temperature, scalars, dstudent,
             *student.strides, *teacher.strides, dstudent.stride(0), student.inner, teacher.inner, V,
-            LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, num_warps=tile.num_warps,
+            LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
             ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned,
             TEACHER_SUPPORT=teacher_support,
         )  # fmt: skip

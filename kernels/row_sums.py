@@ -6,7 +6,7 @@
                      so that the gradient needs a select, too; 2 where the teacher is -inf at one
                      where the student's logit is not (its mass may have underflowed)
 
-Reads 2 N V elements (a row that needs care may be read twice), writes 9 N. With SPLITS > 1 every
+Reads 2 N V elements (a row that needs care may be read twice), writes 9 N. With SPLIT every
 program writes the sums of its share and merge_sums_kernel adds them up.
 """
 
@@ -207,7 +207,7 @@ def row_sums_kernel(
     student_ptr, teacher_ptr, label_ptr, scale_ptr, sums_ptr,
     stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
     inner_s, inner_t, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
@@ -225,7 +225,7 @@ def row_sums_kernel(
         s_body = body_pointer(s_row, head, ALIGNED)
         t_body = body_pointer(t_row, head, ALIGNED)
         skip = label_vector(label, head, body, VEC)
-        first, last, is_end = split_tiles(body, LANES, SPLITS)
+        first, last, is_end = split_tiles(body, LANES, SPLIT)
         # One tile goes before the others: the label's, or any. Its maxima are what the others are
         # summed relative to.
         picked = tl.where((skip >= first * LANES) & (skip < last * LANES), skip // LANES, first)
@@ -239,7 +239,7 @@ def row_sums_kernel(
         else:
             m_s, d_s, a, h, m_t, d_t, care = sum_at_first_maxima(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY, SPLITS > 1,
+                is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY, SPLIT,
             )  # fmt: skip
             store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
         if care != 0:
@@ -255,7 +255,7 @@ def row_sums_kernel(
         tl.store(sums_ptr + 7 * N, zero)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexpr,
                       ACC: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
     # Invariant: sums = the merged parts[0:SPLITS]; the label's logits come from the last part,
@@ -307,13 +307,13 @@ def row_sums(
         row_sums_kernel[(N, tile.splits)](
             student.tensor, teacher.tensor, label, inv_temperature, parts,
             *student.strides, *teacher.strides, student.inner, teacher.inner, V,
-            LANES=tile.lanes, VEC=tile.vec, SPLITS=tile.splits, num_warps=tile.num_warps,
+            LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
             ALIGNED=launch.equally_aligned(student, teacher),
             TEACHER_SUPPORT=teacher_support, **flags,
         )  # fmt: skip
         if tile.splits > 1:
-            block = triton.next_power_of_2(tile.splits)
             merge_sums_kernel[(N,)](
-                parts, inv_temperature, sums, tile.splits, BLOCK=block, num_warps=1, **flags
-            )
+                parts, inv_temperature, sums, tile.splits,
+                BLOCK=tuning.merge_block(tile.splits), num_warps=1, **flags,
+            )  # fmt: skip
     return sums

@@ -58,15 +58,17 @@ def label_vector(label, head, body, VEC: tl.constexpr):
 
 
 @triton.jit
-def split_tiles(body, LANES: tl.constexpr, SPLITS: tl.constexpr):
+def split_tiles(body, LANES: tl.constexpr, SPLIT: tl.constexpr):
     """(first, last, is_end): the unmasked tiles of this program along grid axis 1, and whether it
-    does the masked rest.
+    does the masked rest. SPLIT: whether there is more than one; how many is not compiled in, or
+    each number of rows in training would compile anew.
     """
     tiles = body // LANES
-    each = tl.cdiv(tiles, SPLITS)
+    splits = tl.num_programs(1) if SPLIT else 1
+    each = tl.cdiv(tiles, splits)
     split = tl.program_id(1)
     first = tl.minimum(split * each, tiles)
-    return first, tl.minimum(first + each, tiles), split == SPLITS - 1
+    return first, tl.minimum(first + each, tiles), split == splits - 1
 
 
 @triton.jit

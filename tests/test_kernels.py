@@ -2,6 +2,7 @@
 where it applies.
 """
 
+import importlib
 from functools import partial
 
 import pytest
@@ -277,7 +278,7 @@ IMPLEMENTATIONS = {"tiled": tiled.row_sums, "triton": partial(kernels.row_sums, 
 def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
     s, t = torch.randn(9, 5001) * 3, torch.randn(9, 5001) * 3
     s[1, 3000] = -float("inf")
-    t[2, 3000] = -float("inf")
+    t[2, 3000] = -float("inf")  # where the student's is not: seen to be missing
     s[3, 3000] = float("nan")
     t[4, 3000] = float("inf")
     s[5, 4990:], t[5, 4990:] = -float("inf"), -float("inf")  # a padded vocabulary
@@ -289,7 +290,7 @@ def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
     for dtype in (torch.float32, torch.bfloat16):
         x, z = rows_of(s.to(dtype)), rows_of(t.to(dtype))
         sums = IMPLEMENTATIONS[implementation](x, z, label, ONE, 5001)
-        assert sums[8].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, dtype == torch.float32]
+        assert sums[8].tolist() == [0, 1, 2, 1, 1, 1, 1, 1, dtype == torch.float32]
     # a label that is out of the sums needs none, wherever it stands and whatever its logit
     for y in (0, 2500, 3000, 5000):
         s, t = torch.randn(1, 5001), torch.randn(1, 5001)
@@ -298,3 +299,50 @@ def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
         sums = IMPLEMENTATIONS[implementation](rows_of(s), rows_of(t), label, ONE, 5001)
         assert sums[8].item() == 0
         assert sums[[0, 4]].abs().max() < 10
+
+
+class Recorder:
+    """Stands for a kernel and keeps what its launches compile in."""
+
+    def __init__(self, kernel):
+        self.kernel, self.kept = kernel, set()
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **compiled_in):
+            self.kept.add(tuple(sorted(compiled_in.items(), key=lambda item: item[0])))
+            return self.kernel[grid](*arguments, **compiled_in)
+
+        return launch
+
+
+def test_the_number_of_splits_is_not_compiled_in(monkeypatch):
+    """Short batches have many row counts, and each has its own number of splits."""
+    modules = {
+        importlib.import_module(f"drkl_triton.kernels.{module}"): names
+        for module, names in {
+            "row_sums": ["row_sums_kernel", "merge_sums_kernel"],
+            "row_grad": ["row_grad_kernel"],
+            "softmax": [
+                "softmax_sums_kernel",
+                "softmax_kernel",
+                "softmax_dot_kernel",
+                "softmax_grad_kernel",
+            ],
+        }.items()
+    }
+    recorders = {}
+    for module, names in modules.items():
+        for name in names:
+            recorders[name] = Recorder(getattr(module, name))
+            monkeypatch.setattr(module, name, recorders[name])
+    s, t = torch.randn(2, 2100), torch.randn(2, 2100)
+    label = torch.tensor([3, algebra.NO_LABEL])
+    for splits in (1, 2, 3, 8):
+        sums = sums_of(s, t, label, splits=splits)
+        table = algebra.gradient_scalars(sums, label, ONE, torch.tensor(0.5), True, torch.ones(2))
+        kernels.row_grad(rows_of(s), rows_of(t), label, ONE, table, 2100, splits=splits)
+        _, state = kernels.softmax_forward(rows_of(s), ONE, 2, splits=splits)
+        kernels.softmax_backward(rows_of(s), rows_of(t), ONE, state, splits=splits)
+    assert {name: len(r.kept) for name, r in recorders.items()} == {
+        name: 1 if name == "merge_sums_kernel" else 2 for name in recorders
+    }
