@@ -49,8 +49,8 @@ MIN_BITS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "sm_120": 128, "gfx942": 
 # a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on every
 # clock, and conversions and exponentials take longer than a slot. In a short row the ends count.
 MAX_INSTRUCTIONS = {
-    "sm_90": {50257: 32, 128256: 28, 151936: 28},
-    "sm_100": {50257: 30, 128256: 25, 151936: 25},
+    "sm_90": {50257: 32, 128256: 30, 151936: 30},
+    "sm_100": {50257: 31, 128256: 29, 151936: 29},
 }
 # Two exponentials in the scan and one in the gradient, and a tenth for the ends: a multiprocessor
 # does 16 a clock, an eighth of its multiplications.

@@ -50,8 +50,9 @@ COLUMNS = (
 # Other numbers of kernels/tuning.py that are tried on what was timed.
 CANDIDATES = {
     "MAX_LANES": LANES,
-    "PROGRAMS_PER_SM": (1, 2, 4, 8, 16),
-    "MIN_TILES_PER_SPLIT": (1, 2, 4, 8, 16),
+    "SCAN_PROGRAMS_PER_SM": (2, 4, 8, 16),
+    "GRADIENT_PROGRAMS_PER_SM": (4, 8, 16, 32),
+    "START_TILES": (1.0, 3.0, 8.0),
 }
 # The part of the time that compiling ahead may take.
 COMPILING = 0.4
@@ -138,7 +139,10 @@ def vectors_of(problem):
 def present_tile(problem, device):
     """What kernels/tuning.py chooses now."""
     row = rows_of(torch.empty((1, problem.vocab), dtype=DTYPES[problem.dtype], device=device))
-    return tuning.choose(problem.vocab, row, rows=problem.tokens)
+    programs = tuning.GRADIENT_PROGRAMS_PER_SM
+    if problem.kernel == "row_sums":
+        programs = tuning.SCAN_PROGRAMS_PER_SM
+    return tuning.choose(problem.vocab, row, rows=problem.tokens, programs=programs)
 
 
 def tiles_for(problem, options):
@@ -352,11 +356,12 @@ def under(numbers, problem, tiles, units):
     """The row that the numbers would choose, or the nearest in splits; None where no row has these
     lanes. Says what kernels/tuning.py does.
     """
-    lanes, programs, min_tiles = (numbers[name] for name in CANDIDATES)
+    lanes, scan, gradient, start = (numbers[name] for name in CANDIDATES)
     if lanes not in tiles:
         return None
-    most = vectors_of(problem)[0] // lanes // min_tiles
-    splits = max(1, min(math.ceil(programs * units / problem.tokens), most))
+    programs = scan if problem.kernel == "row_sums" else gradient
+    tiles_a_row = vectors_of(problem)[0] // lanes
+    splits = tuning.best_splits(tiles_a_row, problem.tokens, programs * units, start)
     return min(tiles[lanes].items(), key=lambda item: abs(math.log2(item[0] / splits)))[1]
 
 

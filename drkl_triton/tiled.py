@@ -2,7 +2,7 @@
 Triton.
 
 Same signatures, same tables and same edges as ``drkl_triton.kernels``, and the same two ways to sum
-a row: relative to the maxima of its first columns, and with care where that goes wrong.
+a row: as if every logit were finite, and with care where one is not.
 
 On the CPU, ``torch.get_num_threads()`` Python threads take rows from one list, and each does its
 operations alone; PyTorch leaves the interpreter's lock while it computes. PyTorch's own way, all
@@ -13,6 +13,7 @@ times slower as soon as anything else runs on it.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import threading
@@ -31,14 +32,9 @@ SCRATCH = 3 << 20
 # Chunks of rows a thread gets at least, where there are enough rows: so that none waits long for
 # the last.
 CHUNKS = 4
-# Rows looked at together where it must be settled whether sums are good.
-CHUNK_ROWS = 8
-# Blocks that a tile's exponentials are summed in, to see whether one of them holds nearly all.
-BLOCKS = 16
-# The columns whose maxima a row's sums are relative to at first, and how far, in powers of two,
-# sums and (for a gradient of 32 bits) exponentials may rise above them; and how many times an
-# element's condition the terms may be that it is the difference of (kernels/online_softmax.py).
-FIRST, MAX_SUM, MAX_RISE, MAX_OFFSET = 2048, 2.0**22, 11.5, 4.0
+# What stands for the label's logit in the sums: its exponential is 0. A row of nothing lower is
+# summed with care.
+LEFT_OUT = -1e36
 HUGE_PAGE = 2 << 20
 INF = float("inf")
 LOG2E = 1.4426950408889634
@@ -110,14 +106,15 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
 
 
 def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skipped=None) -> None:
-    """work(i, j, scratch) for ranges of rows that are evenly spaced in every operand, without the
-    rows that are ``skipped`` [N]; on the CPU in several threads. A scratch has ``buffers`` tiles.
+    """work(rows, scratch) for all N rows but those that are ``skipped`` [N], some at a time: a
+    slice of rows that are evenly spaced in every operand, or a tensor of their numbers. On the CPU
+    in several threads. A scratch has ``buffers`` tiles.
     """
     device = operands[0].tensor.device
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     elements = max(1, SCRATCH // (buffers * threads))
     height = max(1, min(elements // max(1, V), -(-N // (CHUNKS * threads))))
-    chunks = list(_ranges(N, height, operands, skipped))
+    chunks = list(_chunks(N, height, operands, skipped))
     threads = min(threads, len(chunks))
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
     scratches = [_Scratch(buffers, elements, V, acc, device) for _ in range(threads)]
@@ -127,8 +124,8 @@ def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skip
 
     def run(scratch: _Scratch) -> None:
         with mode():
-            for i, j in todo:
-                work(i, j, scratch)
+            for rows in todo:
+                work(rows, scratch)
 
     started = []
     if threads > 1:
@@ -143,30 +140,38 @@ def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skip
         run(scratches[0])
 
 
-def _ranges(N: int, height: int, operands, skipped: Tensor | None):
-    skip = None if skipped is None else skipped.tolist()
-    i = 0
-    while i < N:
-        if skip and skip[i]:
-            i += 1
-            continue
-        stop = min(N, i + height, *((i // r.inner + 1) * r.inner for r in operands))
-        j = i + 1
-        while j < stop and not (skip and skip[j]):
-            j += 1
-        yield i, j
-        i = j
+def _chunks(N: int, height: int, operands, skipped: Tensor | None):
+    """The rows that are not skipped, ``height`` at a time."""
+    if skipped is not None and skipped.any():
+        kept = (~skipped).nonzero()[:, 0]
+    else:
+        kept = torch.arange(N, device=operands[0].tensor.device)
+    for rows in kept.split(height):
+        i, j = int(rows[0]), int(rows[-1]) + 1
+        even = j - i == len(rows) and all(i // r.inner == (j - 1) // r.inner for r in operands)
+        yield slice(i, j) if even else rows
 
 
-def _tile(rows: Rows, i: int, j: int, c: int, e: int) -> Tensor:
-    """Rows i:j (evenly spaced), columns c:e, as a view."""
-    start = (
-        rows.tensor.storage_offset()
-        + (i // rows.inner) * rows.strides[0]
-        + (i % rows.inner) * rows.strides[1]
-        + c
-    )
-    return rows.tensor.as_strided((j - i, e - c), (rows.strides[1], 1), start)
+def _tile(rows: Rows, which: slice | Tensor, c: int, e: int) -> Tensor:
+    """Columns c:e of some rows: a view of a slice of them, a copy of a list."""
+    (outer, inner), start = rows.strides, rows.tensor.storage_offset() + c
+    if isinstance(which, slice):
+        i, j = which.start, which.stop
+        start += (i // rows.inner) * outer + (i % rows.inner) * inner
+        return rows.tensor.as_strided((j - i, e - c), (inner, 1), start)
+    # Rows whose places have the common divisor of both strides between them, and some among them.
+    step = max(1, math.gcd(outer, inner))
+    places = (which // rows.inner) * (outer // step) + (which % rows.inner) * (inner // step)
+    grid = rows.tensor.as_strided((int(places.max()) + 1, e - c), (step, 1), start)
+    return grid.index_select(0, places)
+
+
+def _put(out: Tensor, which: slice | Tensor, c: int, e: int, x: Tensor) -> None:
+    """Write x to columns c:e of some rows of ``out``, in its dtype."""
+    if isinstance(which, slice):
+        out[which, c:e].copy_(x)
+    else:
+        out[:, c:e].index_copy_(0, which.to(out.device), x.to(out.dtype))
 
 
 def _whole(rows: Rows, N: int) -> Tensor:
@@ -191,107 +196,78 @@ def row_sums(
     sums = torch.zeros(SUMS, N, dtype=acc, device=device)
     unread = (label == IGNORED) | (label == INVALID)
     scale = inv_temperature * LOG2E
-    # Elsewhere than on the CPU, looking at a number would stall the device.
-    on_cpu = device.type == "cpu"
     spread = partial(_spread, (student, teacher), N, V, acc)
 
-    def carefully(i, j, scratch):
+    def carefully(rows, scratch):
         for c, e in scratch.spans:
-            s, t = _tile(student, i, j, c, e), _tile(teacher, i, j, c, e)
-            args = label[i:j] - c, scale, scratch.tiles(j - i, e - c)
+            s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
+            args = label[rows] - c, scale, scratch.tiles(*s.shape)
             part = _sum_carefully(s, t, *args, teacher_support, entropy)
-            sums[:, i:j] = part if c == 0 else merge(sums[:, i:j], part, inv_temperature)
+            sums[:, rows] = part if c == 0 else merge(sums[:, rows], part, inv_temperature)
 
-    if not on_cpu:
+    if device.type != "cpu":  # there, looking at a number would stall the device
         spread(carefully, 3)
         return torch.where(unread, 0.0, sums)
     if teacher_support or V < 2 or not float(inv_temperature) > 1e-30:
         spread(carefully, 3, skipped=unread)
         return sums
 
-    for rows, top, at_label in ((student, 0, 6), (teacher, 4, 7)):
-        logits = _whole(rows, N)[..., :V]
-        sums[top] = _first_maximum(logits, label)
+    for operand, maximum, at_label in ((student, 0, 6), (teacher, 4, 7)):
+        logits = _whole(operand, N)[..., :V]
         sums[at_label] = _at_label(logits, label.view(logits.shape[:2])).flatten()
-    m_s, m_t = sums[0, :, None], sums[4, :, None]
+        sums[maximum] = LEFT_OUT
+        # A padded vocabulary has its -inf at the end: the row is not even started.
+        sums[8] = torch.maximum(sums[8], (logits[..., V - 1] == -INF).flatten())
 
-    labelled = bool(((label >= 0) | unread).all())
-    top = torch.zeros_like(sums[0])
+    def rest(operand, rows, span, buffer):
+        """The columns without the label; in the buffer, but for what can be taken as it is."""
+        x, y = _tile(operand, rows, *span), label[rows]
+        if x.dtype == acc and (y < 0).all():
+            return x
+        return _leave_out(buffer.copy_(x), y - span[0], LEFT_OUT)
 
-    def at_first_maxima(i, j, scratch):
-        _, d_s, a, h, _, d_t, *_ = sums[:, i:j]
-        y = label[i:j, None]
-        for c, e in scratch.spans:
-            x, z, q, *spare = scratch.tiles(j - i, e - c)
-            _minus(_tile(student, i, j, c, e), m_s[i:j], x)
-            _minus(_tile(teacher, i, j, c, e), m_t[i:j], z)
-            # The label is not part of the sums: its exponentials and its ratio become 0.
-            if labelled and e - c == V:
-                x.scatter_(1, y, -1e36)
-                z.scatter_(1, y, -1e36)
-            else:
-                row = ((y >= c) & (y < e)).nonzero()[:, 0]
-                at = row, y[row, 0] - c
-                x[at] = z[at] = -1e36
-            blocks = _block_sums(torch.mul(x, scale, out=q).exp2_())
-            d_s.add_(blocks.sum(1))
+    def top(operand, rows, scratch):
+        def buffer(span):
+            return scratch.tiles(len(label[rows]), span[1] - span[0])[0]
+
+        tops = [rest(operand, rows, span, buffer(span)).amax(1) for span in scratch.spans]
+        return torch.stack(tops).amax(0)
+
+    def as_if_finite(rows, scratch):
+        count = len(label[rows])
+        if len(scratch.spans) > 1:
+            m_s, m_t = top(student, rows, scratch), top(teacher, rows, scratch)
+        d_s, a, h, d_t = torch.zeros(4, count, dtype=acc)
+        for span in scratch.spans:
+            x, z, q, *spare = scratch.tiles(count, span[1] - span[0])
+            s, t = rest(student, rows, span, x), rest(teacher, rows, span, z)
+            if len(scratch.spans) == 1:
+                m_s, m_t = s.amax(1), t.amax(1)
+            torch.sub(s, m_s[:, None], out=x)
+            torch.sub(t, m_t[:, None], out=z)
+            d_s += torch.mul(x, scale, out=q).exp2_().sum(1)
             if entropy:
-                h.add_(torch.mul(x, q, out=spare[0]).sum(1))
+                h += torch.mul(x, q, out=spare[0]).sum(1)
             x.sub_(z)
-            blocks_t = _block_sums(z.mul_(scale).exp2_())
-            d_t.add_(blocks_t.sum(1))
-            a.add_(x.mul_(q).sum(1))
-            torch.maximum(top[i:j], blocks.mul_(blocks_t).amax(1), out=top[i:j])
+            d_t += z.mul_(scale).exp2_().sum(1)
+            a += x.mul_(q).sum(1)
+        sums[:6, rows] = torch.stack([m_s, d_s, a * UNIT, h * UNIT, m_t, d_t])
 
-    spread(at_first_maxima, 4 if entropy else 3, skipped=unread)
-    good = _sums_are_good(sums, top, student, teacher, V, scale)
-    sums[2:4] *= UNIT
+    spread(as_if_finite, 4 if entropy else 3, skipped=unread | (sums[8] > 0))
+    m_s, _, a, h, m_t, *_ = sums
+    # an infinite logit makes a NaN or an infinity of `a`: 0 * inf, e * inf, inf - inf
+    good = a.isfinite() & h.isfinite() & (m_s > LEFT_OUT) & (m_t > LEFT_OUT)
     sums[:, unread] = 0.0
-    if not good.all():
+    if not (good | unread).all():
         spread(carefully, 3, skipped=good | unread)
     return sums
 
 
-def _first_maximum(logits: Tensor, label: Tensor) -> Tensor:
-    """[N]: the maximum of the first columns, or of those after them where the label is one."""
-    K = min(FIRST, logits.shape[2] // 2)
-    first, second = (logits[..., k : k + K].amax(2).flatten() for k in (0, K))
-    return torch.where((label >= 0) & (label < K), second, first)
-
-
-def _block_sums(x: Tensor) -> Tensor:
-    """[rows, blocks]: the sums of x [rows, columns], a block of columns at a time."""
-    width = max(1, x.shape[1] // BLOCKS)
-    count = x.shape[1] // width
-    whole = x[:, : count * width].unflatten(1, (count, width)).sum(2)
-    rest = x[:, count * width :]
-    return torch.cat([whole, rest.sum(1, keepdim=True)], 1) if rest.shape[1] else whole
-
-
-def _sums_are_good(sums, top, student, teacher, V, scale) -> Tensor:
-    """[N]: kernels/online_softmax.py; a finite `a` means that no logit is infinite. False with a
-    NaN. top [N]: no less than the largest product of a column's two exponentials.
-    """
-    m_s, d_s, a, h, m_t, d_t, s_y, t_y, _ = sums
-    d = torch.maximum(d_s, d_t)
-    good = (d < MAX_SUM) & a.isfinite() & h.isfinite()
-    mean = a / d_s * scale
-    kl = (mean + (d_t / d_s).log2()).abs()
-    doubt = (d_s * d_t / top).log2()
-    good &= ~(mean.abs() > MAX_OFFSET * (doubt + kl))
-    if student.tensor.element_size() >= 4:
-        # an exponential is no larger than its sum; where that does not settle it, look
-        N = d.numel()
-        for i, j in _ranges(N, CHUNK_ROWS, (student, teacher), ~(good & (d >= 2**MAX_RISE))):
-            for rows, m, at_label in ((student, m_s, s_y), (teacher, m_t, t_y)):
-                tile = _tile(rows, i, j, 0, V)
-                if ((tile.amax(1) - m[i:j]) * scale < MAX_RISE).all():
-                    continue
-                # the label's logit may be the largest, and does not count
-                first, second = tile.topk(2, dim=1).values.unbind(1)
-                largest = torch.where(at_label[i:j] == first, second, first)
-                good[i:j] &= (largest - m[i:j]) * scale < MAX_RISE
-    return good
+def _leave_out(x: Tensor, label: Tensor, value: float) -> Tensor:
+    """x [rows, columns] with ``value`` at each row's label, where that is a column."""
+    inside = ((label >= 0) & (label < x.shape[1]))[:, None]
+    column = torch.where(inside, label[:, None], 0)
+    return x.scatter_(1, column, torch.where(inside, value, x.gather(1, column)))
 
 
 def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
@@ -316,10 +292,8 @@ def _sum_carefully(s, t, label, scale, buffers, teacher_support, entropy):
     if teacher_support:
         x.masked_fill_(z == -INF, -INF)
     at_label = [_at_label(b, label) for b in (x, z)]
-    inside = ((label >= 0) & (label < x.shape[1]))[:, None]
-    column = torch.where(inside, label[:, None], 0)
     for b in (x, z):  # the label's column is not part of the sums
-        b.scatter_(1, column, torch.where(inside, -INF, b.gather(1, column)))
+        _leave_out(b, label, -INF)
     floor = torch.finfo(x.dtype).min
     m_s = x.amax(1).clamp_min_(floor)
     m_t = z.amax(1).clamp_min_(floor)
@@ -362,31 +336,30 @@ def row_grad(
     # Rows of gradient 0 are not read, nor those that are NaN.
     unread = zero | w0[:, 0].isnan()
     scale = inv_temperature * LOG2E
-    careful = (care[:, 0] != 0).tolist() if on_cpu and not teacher_support else [True] * N
-    shifted = (shift[:, 0] != 0).tolist() if on_cpu else [True] * N
+    # Elsewhere than on the CPU, looking at a number would stall the device.
+    any_of = torch.any if on_cpu else lambda flags: True
+    careful, shifted = (care != 0) | teacher_support, shift != 0
 
-    def work(i, j, scratch):
-        care, shifts = any(careful[i:j]), any(shifted[i:j])
+    def work(rows, scratch):
         for c, e in scratch.spans:
-            x, z = scratch.tiles(j - i, e - c)
-            t = _tile(teacher, i, j, c, e)
-            _minus(_tile(student, i, j, c, e), m_s[i:j], x)
-            _minus(t, m_t[i:j], z)
+            s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
+            x, z = scratch.tiles(*s.shape)
+            _minus(s, m_s[rows], x)
+            _minus(t, m_t[rows], z)
             if teacher_support:
                 x.masked_fill_(t == -INF, -INF)
-            torch.sub(x, z, out=z).mul_(w1[i:j]).add_(w0[i:j])
+            torch.sub(x, z, out=z).mul_(w1[rows]).add_(w0[rows])
             x.mul_(scale)
-            if shifts:
-                x.sub_(shift[i:j])
+            if any_of(shifted[rows]):
+                x.sub_(shift[rows])
             x.exp2_()
-            if care:
+            if any_of(careful[rows]):
                 # The student leaves the column out, or as good as: 0, whatever the teacher says.
                 z.masked_fill_(x == 0, 0.0)
-            g = out[i:j, c:e]
-            if g.dtype == acc:
-                torch.mul(x, z, out=g)
+            if isinstance(rows, slice) and out.dtype == acc:
+                torch.mul(x, z, out=out[rows, c:e])
             else:  # mul could convert, too, but takes twice as long
-                g.copy_(x.mul_(z))
+                _put(out, rows, c, e, x.mul_(z))
 
     _spread((student, teacher), N, V, acc, work, 2, skipped=unread if on_cpu else None)
     fill = torch.where(zero, 0.0, torch.full_like(w0[:, 0], float("nan")))[:, None]
@@ -410,16 +383,16 @@ def softmax_forward(
     floor = torch.finfo(acc).min
     scale = inv_temperature * LOG2E
 
-    def work(i, j, scratch):
-        tiles = [_tile(logits, i, j, c, e) for c, e in scratch.spans]
+    def work(rows, scratch):
+        tiles = [_tile(logits, rows, c, e) for c, e in scratch.spans]
         tops = [x.amax(1, keepdim=True) for x in tiles]
         m = torch.cat(tops, 1).amax(1, keepdim=True).to(acc).clamp_min_(floor)
         d = sum(_exponent(x, m, scale, scratch).exp2_().sum(1, keepdim=True) for x in tiles)
         log2d = d.log2()
         for x, (c, e) in zip(tiles, scratch.spans, strict=True):
             p = _exponent(x, m, scale, scratch).sub_(log2d)
-            y[i:j, c:e] = p.mul_(1 / LOG2E) if log else p.exp2_()
-        state[0, i:j], state[1, i:j] = m[:, 0], log2d[:, 0]
+            _put(y, rows, c, e, p.mul_(1 / LOG2E) if log else p.exp2_())
+        state[0, rows], state[1, rows] = m[:, 0], log2d[:, 0]
 
     _spread((logits,), N, V, acc, work, 1)
     return y, state
@@ -439,22 +412,22 @@ def softmax_backward(
     m, log2d = state[:, :, None]
     scale = inv_temperature * LOG2E
 
-    def probability(i, j, c, e, scratch):
-        x = _exponent(_tile(logits, i, j, c, e), m[i:j], scale, scratch)
-        return x.sub_(log2d[i:j]).exp2_()
+    def probability(rows, c, e, scratch):
+        x = _exponent(_tile(logits, rows, c, e), m[rows], scale, scratch)
+        return x.sub_(log2d[rows]).exp2_()
 
-    def work(i, j, scratch):
-        dot = torch.zeros_like(m[i:j])
+    def work(rows, scratch):
+        dot = torch.zeros_like(m[rows])
         for c, e in scratch.spans:
-            g = _tile(grad, i, j, c, e)
+            g = _tile(grad, rows, c, e)
             if not log:
-                g = probability(i, j, c, e, scratch).mul_(g)
+                g = probability(rows, c, e, scratch).mul_(g)
             dot += g.sum(1, keepdim=True, dtype=state.dtype)
         for c, e in scratch.spans:
-            p = probability(i, j, c, e, scratch)
-            g = scratch.tiles(j - i, e - c)[1].copy_(_tile(grad, i, j, c, e))
+            p = probability(rows, c, e, scratch)
+            g = scratch.tiles(*p.shape)[1].copy_(_tile(grad, rows, c, e))
             out = g.sub_(p.mul_(dot)) if log else g.sub_(dot).mul_(p)
-            dx[i:j, c:e] = out.mul_(inv_temperature)
+            _put(dx, rows, c, e, out.mul_(inv_temperature))
 
     _spread((logits, grad), N, V, state.dtype, work, 2)
     return dx

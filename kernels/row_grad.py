@@ -20,7 +20,7 @@ from .row_walk import (
     body_pointer,
     cut_row,
     end_columns,
-    label_vector,
+    label_place,
     row_pointer,
     split_tiles,
     tile_offsets,
@@ -63,7 +63,7 @@ def grad_tiles(
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
         g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL, d_body.dtype.element_ty)
-        tl.store(d_body + tile_offsets(tile, LANES, VEC), g)
+        tl.store(d_body + tile_offsets(tile, LANES, VEC, ALIGNED), g)
 
 
 @triton.jit
@@ -87,11 +87,11 @@ def store_zeros(
     zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
     first, last, is_end = split_tiles(body, LANES, SPLIT)
     for i in range(first, last):
-        tl.store(ptr + tile_offsets(i, LANES, VEC), zeros)
+        tl.store(ptr + tile_offsets(i, LANES, VEC, ALIGNED), zeros)
     if is_end:
-        offs, mask = vectors(body // LANES, body, -1, LANES, VEC)
+        offs, mask = vectors(body // LANES, body, -1, LANES, VEC, ALIGNED)
         tl.store(ptr + offs, zeros, mask=mask)
-        cols, ends = end_columns(head, body, -1, V, LANES, VEC)
+        cols, ends = end_columns(head, body, -1, V, LANES, VEC, ALIGNED)
         tl.store(row_ptr + cols, tl.zeros([LANES, 1], row_ptr.dtype.element_ty), mask=ends)
 
 
@@ -124,10 +124,10 @@ def row_grad_kernel(
         s_body = body_pointer(s_row, head, ALIGNED)
         t_body = body_pointer(t_row, head, ALIGNED)
         d_body = body_pointer(d_row, head, ALIGNED)
-        skip = label_vector(label, head, body, VEC)
+        skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
         first, last, is_end = split_tiles(body, LANES, SPLIT)
-        mine = (skip >= first * LANES) & (skip < last * LANES)
-        picked = tl.where(mine, skip // LANES, last)
+        mine = (label_tile >= first) & (label_tile < last)
+        picked = tl.where(mine, label_tile, last)
 
         if TEACHER_SUPPORT or tl.load(scalars_ptr + 6 * N) != 0.0:
             grad_tiles(
@@ -140,18 +140,18 @@ def row_grad_kernel(
                 LANES, VEC, ACC, ALIGNED, False, False,
             )  # fmt: skip
         if mine:
-            offs, mask = vectors(picked, body, skip, LANES, VEC)
+            offs, mask = vectors(picked, body, skip, LANES, VEC, ALIGNED)
             grad_part(
                 s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
                 ACC, TEACHER_SUPPORT,
             )  # fmt: skip
         if is_end:
-            offs, mask = vectors(body // LANES, body, skip, LANES, VEC)
+            offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
             grad_part(
                 s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
                 ACC, TEACHER_SUPPORT,
             )  # fmt: skip
-            cols, ends = end_columns(head, body, skip, V, LANES, VEC)
+            cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
             grad_part(
                 s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
                 ACC, TEACHER_SUPPORT,
@@ -186,7 +186,8 @@ def row_grad(
     if N == 0:
         return dstudent
     dstudent[:, V:].zero_()  # truncated columns
-    tile = tuning.choose(V, student, teacher, rows=N, splits=splits)
+    programs = tuning.GRADIENT_PROGRAMS_PER_SM
+    tile = tuning.choose(V, student, teacher, rows=N, programs=programs, splits=splits)
     aligned = launch.equally_aligned(student, teacher, student.like(dstudent))
     with launch.on_device(label.device):
         row_grad_kernel[(N, tile.splits)](

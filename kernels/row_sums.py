@@ -16,23 +16,19 @@ import triton.language as tl
 from . import launch, tuning
 from .online_softmax import (
     LOG2E,
-    MAX_RISE,
-    UNIT,
     add_tile,
-    add_tile_at,
     empty_lanes,
-    loses_the_sure,
     merge_lanes,
     move_maxima,
-    sums_are_good,
 )
 from .row_walk import (
     IGNORED,
     INVALID,
+    beside,
     body_pointer,
     cut_row,
     end_columns,
-    label_vector,
+    label_place,
     load_tile,
     load_vectors,
     row_pointer,
@@ -82,15 +78,15 @@ def add_part(
     s, t = load_pair(s_ptr, t_ptr, offs, mask, ACC, TEACHER_SUPPORT)
     absent = ((s == float("-inf")) & mask).to(tl.int32)
     care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(s, t)), axis=1))
-    m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
+    m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, True)
     return m_s, d_s, a, h, m_t, d_t, care
 
 
 @triton.jit
 def sum_uneven_parts(
     s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The lanes' state after all that takes a mask: tile ``picked`` without the label's vector and,
     where is_end, the body's last tile and the ends. Last comes ``care`` [LANES].
@@ -98,18 +94,18 @@ def sum_uneven_parts(
     m_s, d_s = empty_lanes(LANES, ACC)
     m_t, d_t, a, h = m_s, d_s, d_s, d_s
     care = tl.zeros([LANES], tl.int32)
-    offs, mask = vectors(picked, last * LANES, skip, LANES, VEC)
+    offs, mask = vectors(picked, last * LANES, skip, LANES, VEC, ALIGNED)
     m_s, d_s, a, h, m_t, d_t, care = add_part(
         m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
         ACC, TEACHER_SUPPORT, ENTROPY,
     )  # fmt: skip
     if is_end:
-        offs, mask = vectors(body // LANES, body, skip, LANES, VEC)
+        offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
         m_s, d_s, a, h, m_t, d_t, care = add_part(
             m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
             ACC, TEACHER_SUPPORT, ENTROPY,
         )  # fmt: skip
-        cols, ends = end_columns(head, body, skip, V, LANES, VEC)
+        cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
         m_s, d_s, a, h, m_t, d_t, care = add_part(
             m_s, d_s, a, h, m_t, d_t, care, s_row, t_row, cols, ends & (cols != label), scale,
             ACC, TEACHER_SUPPORT, ENTROPY,
@@ -118,77 +114,54 @@ def sum_uneven_parts(
 
 
 @triton.jit
-def sum_at_first_maxima(
+def sum_row(
     s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
     LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    ENTROPY: tl.constexpr, SPLIT: tl.constexpr,
+    TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to the maxima of what is walked first, and
-    whether they are wrong.
+    """The row's sums (m_s, d_s, a, h, m_t, d_t), and ``care``. Not CAREFUL: care > 0 says that the
+    sums are wrong, because a logit is infinite or NaN, or a difference of logits has no sum.
     """
     m_s, d_s, a, h, m_t, d_t, care = sum_uneven_parts(
         s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-        LANES, VEC, ACC, False, ENTROPY,
+        LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY,
     )  # fmt: skip
-    top_s, top_t = tl.max(m_s, axis=0), tl.max(m_t, axis=0)
-    d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
-    # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
-    care = tl.max(care, axis=0)
-    stop = tl.where(care > 0, first, last - 1)
-    # The lanes' sums so far go into the tile's, an equal share to each column, and need no
-    # registers of their own. VEC is a power of two, so a share is exact.
-    SHARE: tl.constexpr = 1.0 / VEC
-    RAW_SHARE: tl.constexpr = SHARE / UNIT
-    zeros = tl.zeros([LANES, VEC], ACC)
-    td_s, td_t = zeros + (d_s * SHARE)[:, None], zeros + (d_t * SHARE)[:, None]
-    ta, th = zeros + (a * RAW_SHARE)[:, None], zeros + (h * RAW_SHARE)[:, None]
-    max_s, max_t = zeros + top_s, zeros + top_t
-    UNROLL: tl.constexpr = 2 if ALIGNED else 1  # narrow loads need their registers for addresses
-    WIDE: tl.constexpr = s_body.dtype.element_ty.primitive_bitwidth >= 32
-    for i in tl.range(first, stop, loop_unroll_factor=UNROLL):
-        tile = i + (i >= picked).to(tl.int32)
-        s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
-        td_s, ta, th, td_t = add_tile_at(td_s, ta, th, td_t, s, t, top_s, top_t, scale, ENTROPY)
-        if WIDE:
-            max_s, max_t = tl.maximum(max_s, s), tl.maximum(max_t, t)
-    d_s, d_t = tl.sum(td_s, axis=1), tl.sum(td_t, axis=1)
-    sd_s, sd_t = tl.sum(d_s, axis=0), tl.sum(d_t, axis=0)
-    sa = tl.sum(tl.sum(ta, axis=1), axis=0)
-    sh = tl.sum(tl.sum(th, axis=1), axis=0)
-    wrong = tl.where(sums_are_good(sd_s, sa, sh, sd_t), care, 1)
-    # A column's exponentials are no larger than the sums of its lane.
-    top = tl.max(d_s * d_t, axis=0)
-    wrong = tl.where(loses_the_sure(sd_s, sa, sd_t, top, scale, SPLIT), 1, wrong)
-    if WIDE:
-        # A gradient of 16 bits hides how differences of 8 to 15 nats are rounded; this one does
-        # not.
-        rise_s = tl.max(tl.max(max_s, axis=1), axis=0) - top_s
-        rise_t = tl.max(tl.max(max_t, axis=1), axis=0) - top_t
-        wrong = tl.where(tl.maximum(rise_s, rise_t) * scale > MAX_RISE, 1, wrong)
-    return top_s, sd_s, sa * UNIT, sh * UNIT, top_t, sd_t, wrong
-
-
-@triton.jit
-def sum_carefully(
-    s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """The row's sums (m_s, d_s, a, h, m_t, d_t) relative to running maxima, whatever it holds, and
-    ``care``.
-    """
-    m_s, d_s, a, h, m_t, d_t, care = sum_uneven_parts(
-        s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-        LANES, VEC, ACC, TEACHER_SUPPORT, ENTROPY,
-    )  # fmt: skip
-    for i in range(first, last - 1):
+    stop = last - 1
+    if not CAREFUL:
+        # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
+        stop = tl.where(tl.max(care, axis=0) > 0, first, stop)
+        # from here on no lane is empty
+        top_s = m_s * 0 + tl.max(m_s, axis=0)
+        top_t = m_t * 0 + tl.max(m_t, axis=0)
+        d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
+        m_s, m_t = top_s, top_t
+    if not CAREFUL:
+        # two tiles at a time: their loads wait together, and what a lane costs is halved
+        for i in range(first, stop - 1, 2):
+            tile = i + (i >= picked).to(tl.int32)
+            s0, t0 = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
+            tile = i + 1 + (i + 1 >= picked).to(tl.int32)
+            s1, t1 = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
+            s, t = beside(s0, s1), beside(t0, t1)
+            m_s, d_s, a, h, m_t, d_t = add_tile(
+                m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, False
+            )
+        first += (stop - first) // 2 * 2
+    for i in range(first, stop):
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
-        m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY)
-        if not TEACHER_SUPPORT:
+        m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, CAREFUL)
+        if CAREFUL and not TEACHER_SUPPORT:
             care = tl.maximum(care, tl.max(is_missing(s, t), axis=1))
     m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
-    return m_s, d_s, a, h, m_t, d_t, tl.maximum(tl.max(care, axis=0), 1)
+    care = tl.max(care, axis=0)
+    if CAREFUL:
+        care = tl.maximum(care, 1)
+    else:
+        # an infinite logit makes a NaN or an infinity of `a`: 0 * inf, e * inf, inf - inf
+        finite = (tl.abs(a) < float("inf")) & (tl.abs(h) < float("inf"))
+        care = tl.where(finite, care, 1)
+    return m_s, d_s, a, h, m_t, d_t, care
 
 
 @triton.jit
@@ -224,11 +197,10 @@ def row_sums_kernel(
         head, body = cut_row(s_row, V, VEC, ALIGNED)
         s_body = body_pointer(s_row, head, ALIGNED)
         t_body = body_pointer(t_row, head, ALIGNED)
-        skip = label_vector(label, head, body, VEC)
+        skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
         first, last, is_end = split_tiles(body, LANES, SPLIT)
-        # One tile goes before the others: the label's, or any. Its maxima are what the others are
-        # summed relative to.
-        picked = tl.where((skip >= first * LANES) & (skip < last * LANES), skip // LANES, first)
+        # One tile goes before the others: the label's, which takes a mask, or any.
+        picked = tl.where((label_tile >= first) & (label_tile < last), label_tile, first)
         if is_end:
             s_label, t_label = load_pair(s_row, t_row, label, label >= 0, ACC, TEACHER_SUPPORT)
             tl.store(sums_ptr + 6 * N, s_label)
@@ -237,15 +209,15 @@ def row_sums_kernel(
         if TEACHER_SUPPORT:  # a teacher with -inf is what it is for
             care = 1
         else:
-            m_s, d_s, a, h, m_t, d_t, care = sum_at_first_maxima(
+            m_s, d_s, a, h, m_t, d_t, care = sum_row(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, LANES, VEC, ACC, ALIGNED, ENTROPY, SPLIT,
+                is_end, scale, LANES, VEC, ACC, ALIGNED, False, ENTROPY, False,
             )  # fmt: skip
             store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
         if care != 0:
-            cm_s, cd_s, ca, ch, cm_t, cd_t, care = sum_carefully(
+            cm_s, cd_s, ca, ch, cm_t, cd_t, care = sum_row(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY,
+                is_end, scale, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY, True,
             )  # fmt: skip
             store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, care)
     else:
@@ -296,7 +268,8 @@ def row_sums(
     [N]; inv_temperature 0-dim. Returns sums [9, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
-    tile = tuning.choose(V, student, teacher, rows=N, splits=splits)
+    programs = tuning.SCAN_PROGRAMS_PER_SM
+    tile = tuning.choose(V, student, teacher, rows=N, programs=programs, splits=splits)
     out = lambda *shape: launch.new_output(shape, acc, label.device)  # noqa: E731
     sums = out(FIELDS.value, N)
     if N == 0:

@@ -10,8 +10,8 @@ does not. So the label's vector is left out of its tile by a vector mask, and th
 column by column, make up for it. The label costs O(1) a row.
 
 ALIGNED promises that all rows walked together lie equally far from a 16-byte boundary. Without it
-(student and teacher offset differently, or of different dtypes) the same walk starts at column 0
-and the loads are narrower; the result is the same.
+(student and teacher offset differently, or of different dtypes) the same walk starts at column 0,
+the loads are narrower, and a mask on single columns costs nothing: the label's is left out alone.
 """
 
 import triton
@@ -49,12 +49,17 @@ def body_pointer(row_ptr, head, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def label_vector(label, head, body, VEC: tl.constexpr):
-    """The number of the body's vector with the label in it; -1 where the label lies in head or
-    tail, or is none.
+def label_place(label, head, body, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """(skip, tile): what a mask leaves out of the body so that the label is left out, the number of
+    its vector (without ALIGNED, of its column), and the tile that this lies in; -1 and -1 where the
+    label lies in head or tail, or is none.
     """
     inside = (label >= head) & (label < head + body * VEC)
-    return tl.where(inside, (label - head) // VEC, -1)
+    skip = label - head
+    tile = skip // (LANES * VEC)
+    if ALIGNED:
+        skip = skip // VEC
+    return tl.where(inside, skip, -1), tl.where(inside, tile, -1)
 
 
 @triton.jit
@@ -72,24 +77,34 @@ def split_tiles(body, LANES: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(tile, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Offsets [LANES, VEC] of a tile from the body's start."""
-    vector = tile * LANES + tl.arange(0, LANES)
-    return vector[:, None] * VEC + tl.arange(0, VEC)[None, :]
-
-
-@triton.jit
-def vectors(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Offsets [LANES, VEC] of a tile from the body's start, and the mask of its vectors inside the
-    body, without vector `skip` (-1: all). The mask is constant along VEC.
+def tile_offsets(tile, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Offsets [LANES, VEC] of a tile from the body's start. A lane has VEC neighbours, which are
+    one load. Where they cannot be, it has VEC columns that lie LANES apart: neighbouring threads
+    then load neighbours, and a lane still is one thread's.
     """
-    vector = tile * LANES + tl.arange(0, LANES)
-    inside = ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, VEC) >= 0)[None, :]
-    return tile_offsets(tile, LANES, VEC), inside
+    lane, k = tl.arange(0, LANES)[:, None], tl.arange(0, VEC)[None, :]
+    if ALIGNED:
+        return (tile * LANES + lane) * VEC + k
+    else:
+        return tile * (LANES * VEC) + k * LANES + lane
 
 
 @triton.jit
-def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr):
+def vectors(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Offsets [LANES, VEC] of a tile from the body's start, and the mask of those inside the body
+    and not in `skip` (label_place; -1: none). With ALIGNED it is constant along VEC.
+    """
+    offs = tile_offsets(tile, LANES, VEC, ALIGNED)
+    if ALIGNED:
+        vector = tile * LANES + tl.arange(0, LANES)
+        inside = ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, VEC) >= 0)[None, :]
+    else:
+        inside = (offs < body * VEC) & (offs != skip)
+    return offs, inside
+
+
+@triton.jit
+def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """Columns and mask [LANES, 1] of what the body's tiles leave over: head, tail and the vector
     `skip` (-1: none). At most 3 VEC of them, so one column a lane.
     """
@@ -98,8 +113,7 @@ def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr):
     start = tl.where(part == 0, 0, tl.where(part == 1, head + body * VEC, head + skip * VEC))
     stop = tl.where(part == 0, head, tl.where(part == 1, V, start + VEC))
     cols = start + lane % VEC
-    parts = 2 + (skip >= 0)
-    return cols, (cols < stop) & (part < parts)
+    return cols, (cols < stop) & (part < 2 + ((skip >= 0) & ALIGNED))
 
 
 @triton.jit
@@ -117,10 +131,16 @@ def load_vectors(
         # A bfloat16 is the upper half of a float32. Unpacked from 32-bit words two of them cost two
         # instructions; the compiler's own conversion takes three.
         words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = tl.load(words_ptr + tile_offsets(tile, LANES, VEC // 2))
+        words = tl.load(words_ptr + tile_offsets(tile, LANES, VEC // 2, True))
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & -65536).to(tl.float32, bitcast=True)
         x = tl.reshape(tl.join(low, high), [LANES, VEC])
     else:
-        x = tl.load(ptr + tile_offsets(tile, LANES, VEC))
+        x = tl.load(ptr + tile_offsets(tile, LANES, VEC, ALIGNED))
     return x.to(ACC)
+
+
+@triton.jit
+def beside(x, y):
+    """[LANES, 2 VEC] of two tiles [LANES, VEC]; each lane's columns stay in its thread."""
+    return tl.reshape(tl.join(x, y), [x.shape[0], 2 * x.shape[1]])

@@ -180,7 +180,7 @@ def test_the_proposal_is_the_fastest_and_names_its_rows(tmp_path):
                 )
     text = tune.report(rows, 132, tmp_path / "tune.csv")
     assert re.search(r"^MAX_LANES = 256  # .*row \d+ .* ms, row \d+ .* ms, now 128$", text, re.M)
-    assert re.search(r"^PROGRAMS_PER_SM = 8  # ", text, re.M)
+    assert re.search(r"^SCAN_PROGRAMS_PER_SM = 8  # ", text, re.M)
     first = next(row for row in rows if (row["tokens"], row["lanes"]) == (8192, 256))
     assert re.search(rf"8,192 rows +256 +8 +1 .* {first['row']}\b", text)
 

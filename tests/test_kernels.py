@@ -14,6 +14,7 @@ from bounds import excess
 import drkl_triton
 from drkl_triton import algebra, kernels, tiled
 from drkl_triton._layout import rows_of
+from drkl_triton.kernels import tuning
 from drkl_triton.kernels.row_walk import cut_row
 
 ONE = torch.ones(())
@@ -290,7 +291,7 @@ def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
     for dtype in (torch.float32, torch.bfloat16):
         x, z = rows_of(s.to(dtype)), rows_of(t.to(dtype))
         sums = IMPLEMENTATIONS[implementation](x, z, label, ONE, 5001)
-        assert sums[8].tolist() == [0, 1, 2, 1, 1, 1, 1, 1, dtype == torch.float32]
+        assert sums[8].tolist() == [0, 1, 2, 1, 1, 1, 0, 0, 0]
     # a label that is out of the sums needs none, wherever it stands and whatever its logit
     for y in (0, 2500, 3000, 5000):
         s, t = torch.randn(1, 5001), torch.randn(1, 5001)
@@ -346,3 +347,20 @@ def test_the_number_of_splits_is_not_compiled_in(monkeypatch):
     assert {name: len(r.kept) for name, r in recorders.items()} == {
         name: 1 if name == "merge_sums_kernel" else 2 for name in recorders
     }
+
+
+@pytest.mark.parametrize("tiles", [1, 31, 125, 256])
+@pytest.mark.parametrize("places", [132 * 8, 132 * 16])
+def test_splits_fill_the_card(tiles, places):
+    splits = {
+        N: tuning.best_splits(tiles, N, places, tuning.START_TILES)
+        for N in [*range(1, 5000), places + 1, 8 * places]
+    }
+    assert all(1 <= n <= tiles for n in splits.values())
+    assert splits[1] == tiles  # all that a single row can have
+    assert splits[places] == splits[8 * places] == 1  # whole waves already
+    if tiles > 100:
+        # just above a whole wave: shared rows, so that the rest is not a wave of its own
+        assert splits[places + 1] > 1
+        for N in range(places // tiles + 1, places):  # one wave, enough for all of the bandwidth
+            assert N * splits[N] > 0.35 * places
