@@ -41,24 +41,19 @@ def _first_order(grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """``ctx.save_for_backward``. What was made under torch.inference_mode() it refuses, and such
-    tensors have no version to watch: they are kept beside the others.
+    """``ctx.save_for_backward``, which refuses what was made under torch.inference_mode(): of such
+    a tensor an ordinary one over the same memory is saved, so that hooks see it and backward frees
+    it. It has no version to watch.
     """
-    ctx.aside = None
     if not torch.compiler.is_compiling():
-        aside = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-        if aside:
-            ctx.aside = aside
-            tensors = [None if i in aside else x for i, x in enumerate(tensors)]
+        tensors = [_ordinary(x) if x is not None and x.is_inference() else x for x in tensors]
     ctx.save_for_backward(*tensors)
 
 
-def _saved(ctx: Any) -> list[Tensor | None]:
-    tensors = list(ctx.saved_tensors)
-    if ctx.aside is not None:
-        for i, x in ctx.aside.items():
-            tensors[i] = x
-    return tensors
+def _ordinary(x: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=x.dtype, device=x.device)
+        return alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 class DivergenceFunction(torch.autograd.Function):
@@ -91,7 +86,7 @@ class DivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
-        student, teacher, label, inv_temperature, gamma, sums = _saved(ctx)
+        student, teacher, label, inv_temperature, gamma, sums = ctx.saved_tensors
         V, labelled, teacher_support, backend = ctx.options
         dstudent = None
         if ctx.needs_input_grad[0]:
@@ -120,7 +115,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        logits, inv_temperature, state = _saved(ctx)
+        logits, inv_temperature, state = ctx.saved_tensors
         dlogits = None
         if ctx.needs_input_grad[0]:
             with torch.no_grad():
@@ -154,7 +149,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
-        saved = _saved(ctx)
+        saved = ctx.saved_tensors
         student, teacher, rows, sums = saved[:3], saved[3:7], saved[7:10], saved[10]
         numbers = ctx.numbers
         with torch.no_grad():
@@ -196,7 +191,7 @@ class LinearMeanFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor):
-        saved = _saved(ctx)
+        saved = ctx.saved_tensors
         grads, sources = saved[:3], saved[3:]
         with torch.no_grad():
             grads = [

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -663,3 +664,30 @@ def test_against_what_pytorch_has(backend):
     )
     torch.testing.assert_close(softmax(s, backend=backend), s.softmax(-1))
     torch.testing.assert_close(log_softmax(s, backend=backend), s.log_softmax(-1))
+
+
+@pytest.mark.parametrize("way", ["logits", "linear"])
+def test_what_inference_mode_made_is_saved_as_anything_else(way, backend):
+    """Hooks (offloading, checkpoints) see it, and backward frees it, though the loss lives on."""
+    with torch.inference_mode():
+        teacher, labels = torch.randn(6, V), torch.randint(V, (6,))
+    student = torch.randn(6, V, requires_grad=True)
+    seen = []
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            seen.append((weakref.ref(self), tensor.untyped_storage().data_ptr()))
+
+    call = {
+        "logits": lambda: drkl(student, teacher, labels, backend=backend),
+        "linear": lambda: drkl_triton.linear_drkl(
+            student, torch.eye(V), labels, teacher_logits=teacher, recompute=True, backend=backend
+        ),
+    }[way]
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        loss = call()
+    assert teacher.untyped_storage().data_ptr() in {at for _, at in seen}
+    loss.backward()
+    assert student.grad.isfinite().all() and loss.isfinite()
+    assert not any(kept() for kept, _ in seen)
