@@ -76,4 +76,6 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
     if isinstance(value, Tensor):
         # towards the CPU a copy that does not wait could be read before it has arrived
         return value.detach().to(device, dtype, non_blocking=device.type != "cpu")
+    if torch.compiler.is_compiling():  # a number filled in would be a constant of the graph
+        return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), float(value), dtype=dtype, device=device)

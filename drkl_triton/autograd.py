@@ -129,8 +129,8 @@ class SoftmaxFunction(torch.autograd.Function):
 class LinearFunction(torch.autograd.Function):
     """Per-row losses from hidden states: (loss [N], *metrics [N]). Backward makes the logits again.
 
-    The tensors, here and below: the student's hidden states, matrix and bias, the teacher's and its
-    logits, label, inv_temperature, gamma. ``numbers``: what the op takes besides.
+    The tensors, here and below: the student's hidden states, matrix, bias, scale and softcap, the
+    teacher's and its logits, label, inv_temperature, gamma. ``numbers``: what the op takes besides.
     """
 
     @staticmethod
@@ -139,7 +139,7 @@ class LinearFunction(torch.autograd.Function):
         numbers: LinearNumbers,
         *tensors: Tensor | None,
     ):
-        student, teacher, rows = tensors[:3], tensors[3:7], tensors[7:10]
+        student, teacher, rows = tensors[:5], tensors[5:11], tensors[11:14]
         sums, *_ = _walk(student, teacher, rows, None, None, numbers)
         out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
         _save(ctx, *tensors, sums)
@@ -150,18 +150,18 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
         saved = ctx.saved_tensors
-        student, teacher, rows, sums = saved[:3], saved[3:7], saved[7:10], saved[10]
+        student, teacher, rows, sums = saved[:5], saved[5:11], saved[11:14], saved[14]
         numbers = ctx.numbers
         with torch.no_grad():
             upstream = grad_loss.to(sums.dtype)
             _, *grads = _walk(student, teacher, rows, upstream, sums, numbers)
             grads = [
                 g.to(x.dtype) if want else None
-                for g, x, want in zip(grads, student, numbers.wanted, strict=True)
+                for g, x, want in zip(grads, student[:3], numbers.wanted, strict=True)
             ]
-        sources = [x for x in student if x is not None]
+        sources = [x for x in student[:3] if x is not None]
         grads = [None if g is None else _first_order(g, *sources, grad_loss) for g in grads]
-        return None, *grads, *[None] * 7
+        return None, *grads, *[None] * 11
 
 
 class LinearMeanFunction(torch.autograd.Function):
@@ -176,15 +176,15 @@ class LinearMeanFunction(torch.autograd.Function):
         numbers: LinearNumbers,
         *tensors: Tensor | None,
     ):
-        student, teacher, rows = tensors[:3], tensors[3:7], tensors[7:10]
-        weights, denominator, upstream = tensors[10:]
+        student, teacher, rows = tensors[:5], tensors[5:11], tensors[11:14]
+        weights, denominator, upstream = tensors[14:]
         sums, *grads = _walk(student, teacher, rows, upstream, None, numbers)
         out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
         reduced = _reduction.total(out[0], weights, denominator)
         # what has a gradient, for _first_order; the rest is not needed any more
-        sources = [x for x, want in zip(student, numbers.wanted, strict=True) if want]
+        sources = [x for x, want in zip(student[:3], numbers.wanted, strict=True) if want]
         _save(ctx, *grads, *sources)
-        ctx.dtypes = [None if x is None else x.dtype for x in student]
+        ctx.dtypes = [None if x is None else x.dtype for x in student[:3]]
         ctx.wanted = numbers.wanted
         ctx.mark_non_differentiable(*out)
         return reduced, *out
@@ -199,14 +199,14 @@ class LinearMeanFunction(torch.autograd.Function):
                 for g, dtype, want in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
             ]
         grads = [None if g is None else _first_order(g, *sources, grad) for g in grads]
-        return None, *grads, *[None] * 10
+        return None, *grads, *[None] * 14
 
 
 class LinearNumbers(NamedTuple):
     """What the losses from hidden states depend on besides tensors."""
 
-    student: tuple[float, float | None, torch.dtype]  # scale, softcap, dtype of the product
-    teacher: tuple[float, float | None, torch.dtype | None]
+    student_dtype: torch.dtype  # of the product
+    teacher_dtype: torch.dtype | None
     V: int
     labelled: bool
     teacher_support: bool
@@ -218,9 +218,9 @@ class LinearNumbers(NamedTuple):
 
 
 def _walk(student, teacher, rows, upstream, sums, numbers):
-    teacher_head, teacher_logits = teacher[:3], teacher[3]
+    teacher_head, teacher_logits = teacher[:5], teacher[5]
     return backends.linear(
-        *(*student, *numbers.student, *teacher_head, *numbers.teacher, teacher_logits),
+        *(*student, numbers.student_dtype, *teacher_head, numbers.teacher_dtype, teacher_logits),
         *(*rows, upstream, sums),
         *(numbers.V, numbers.labelled, numbers.teacher_support, numbers.metrics),
         *(list(numbers.wanted), numbers.may_skip, numbers.chunk_bytes, numbers.backend),

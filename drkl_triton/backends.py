@@ -179,9 +179,9 @@ def _(logits, grad, inv_temperature, state, log, backend):
     f"{NAMESPACE}::linear",
     mutates_args=(),
     schema="(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
-    "float student_scale, float? student_softcap, ScalarType student_dtype, "
+    "Tensor? student_scale, Tensor? student_softcap, ScalarType student_dtype, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "float teacher_scale, float? teacher_softcap, ScalarType? teacher_dtype, "
+    "Tensor? teacher_scale, Tensor? teacher_softcap, ScalarType? teacher_dtype, "
     "Tensor? teacher_logits, Tensor label, Tensor inv_temperature, Tensor? gamma, "
     "Tensor? upstream, Tensor? sums, SymInt V, bool labelled, bool teacher_support, bool entropy, "
     "bool[] wanted, bool may_skip, SymInt? chunk_bytes, str backend) -> Tensor[]",

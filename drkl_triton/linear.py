@@ -196,9 +196,10 @@ def _linear(
     shape, label = codes.shape, codes.view(-1)
     weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, acc)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
+    student, teacher = (_head(*x, acc, hidden.device) for x in (student, teacher))
     numbers = LinearNumbers(
-        student=(float(student[3]), _float(student[4]), student_dtype),
-        teacher=(float(teacher[3]), _float(teacher[4]), teacher_dtype),
+        student_dtype=student_dtype,
+        teacher_dtype=teacher_dtype,
         V=V,
         labelled=labels is not None,
         teacher_support=options["support"] == "teacher",
@@ -208,7 +209,7 @@ def _linear(
         chunk_bytes=chunk_bytes,
         backend=_checks.backend(options["backend"], hidden),
     )
-    tensors = (*student[:3], *teacher[:3], teacher_logits, label, inv_temperature, gamma)
+    tensors = (*student, *teacher, teacher_logits, label, inv_temperature, gamma)
     if reduction == "none" or recompute or not any(wanted):
         rows, *fields = LinearFunction.apply(numbers, *tensors)
         loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)
@@ -222,5 +223,8 @@ def _linear(
     return (loss, RowMetrics.of(rows, *fields, shape=shape)) if metrics else loss
 
 
-def _float(x: float | None) -> float | None:
-    return None if x is None else float(x)
+def _head(hidden, weight, bias, scale, softcap, dtype, device):
+    """With the numbers as 0-dim tensors, or None where they change nothing."""
+    scale = None if scale == 1 else _reduction.scalar(scale, dtype, device)
+    softcap = None if softcap is None else _reduction.scalar(softcap, dtype, device)
+    return hidden, weight, bias, scale, softcap

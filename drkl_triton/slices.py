@@ -51,8 +51,8 @@ class Head(NamedTuple):
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H], or of more rows than V; the dtype of hidden
     bias: Tensor | None  # [V]
-    scale: float
-    softcap: float | None
+    scale: Tensor | None
+    softcap: Tensor | None
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """Those of some rows of ``hidden``, written to ``out`` [rows, V]."""
@@ -60,7 +60,7 @@ class Head(NamedTuple):
         multiply(hidden, self.weight[:V].t(), out)
         if self.bias is not None:
             out.add_(self.bias[:V])
-        if self.scale != 1.0:
+        if self.scale is not None:
             out.mul_(self.scale)
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -362,7 +362,9 @@ def walk(
         table = torch.empty((algebra.SUMS, rows.count), dtype=acc, device=device)
     if upstream is not None:
         gradients = _Gradients(student, wanted, rows, V, acc)
-        upstream = rows.take(upstream, 0, rows.count) * student.scale
+        upstream = rows.take(upstream, 0, rows.count)
+        if student.scale is not None:
+            upstream = upstream * student.scale
         zero = upstream == 0
         factor = None  # of the rows of G
         if narrow and dtype == torch.float16:

@@ -142,11 +142,8 @@ def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skip
 
 def _chunks(N: int, height: int, operands, skipped: Tensor | None):
     """The rows that are not skipped, ``height`` at a time."""
-    if skipped is not None and skipped.any():
-        kept = (~skipped).nonzero()[:, 0]
-    else:
-        kept = torch.arange(N, device=operands[0].tensor.device)
-    for rows in kept.split(height):
+    kept = torch.arange(N) if skipped is None else (~skipped).nonzero()[:, 0]
+    for rows in kept.split(height) if len(kept) else ():
         i, j = int(rows[0]), int(rows[-1]) + 1
         even = j - i == len(rows) and all(i // r.inner == (j - 1) // r.inner for r in operands)
         yield slice(i, j) if even else rows

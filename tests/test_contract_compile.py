@@ -169,17 +169,32 @@ def test_schedules_do_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_schedules_of_numbers():
-    """They cost a graph each, but work: from the second value on, the float is a symbol."""
+@pytest.mark.parametrize("number", ["gamma", "temperature", "num_items", "scale", "softcap"])
+@pytest.mark.parametrize("way", ["logits", "hidden states", "recompute"])
+def test_a_changing_number_costs_one_more_graph(number, way):
+    """From the second value on, the float is a symbol; fullgraph allows eight graphs."""
+    s, t, y = data(4)
+    fixed = {}
+    if way == "logits":
+        if number in ("scale", "softcap"):
+            pytest.skip("the losses from logits have none")
+        function, keys = drkl, (number,)
+    else:
+        keys = (f"student_{number}", f"teacher_{number}")
+        keys = keys if number in ("scale", "softcap") else (number,)
+        fixed = dict(teacher_hidden=t, teacher_weight=torch.eye(V), recompute=way == "recompute")
 
-    def loss(s, t, y, gamma, temperature):
-        return drkl(s, t, y, gamma=gamma, temperature=temperature)
+        def function(s, t, y, **options):
+            return linear_drkl(s, torch.eye(V), y, **fixed, **options)
 
-    args = data(4)
-    function, _ = compiled(loss)
-    for step in range(3):
-        options = dict(gamma=0.1 + step, temperature=1.5 + step)
-        close(run(function, *args, **options), run(loss, *args, **options))
+    def loss(s, t, y, value):
+        return function(s, t, y, **dict.fromkeys(keys, value))
+
+    compiled_loss, counter = compiled(loss)
+    for step in range(14):
+        actual = run(lambda s, t, y: compiled_loss(s, t, y, 1.5 + step / 4), s, t, y)  # noqa: B023
+        close(actual, run(lambda s, t, y: loss(s, t, y, 1.5 + step / 4), s, t, y))  # noqa: B023
+    assert counter.frame_count == 2
 
 
 def test_modules_that_differ_in_a_number():
