@@ -23,6 +23,7 @@ START = time.monotonic()
 try:
     import tables
     import torch
+    from command import current
     from timing import Clock, Copy
     from truth import UPSTREAM, Case
 
@@ -93,8 +94,7 @@ def parse(arguments):
     ):
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if gpu else on_cpu)
-    if gpu:
-        torch.cuda.set_device(options.device)
+    options.device = current(options.device)
     return options
 
 
