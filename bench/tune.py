@@ -73,6 +73,7 @@ def parse(arguments):
     add("--tokens", nargs="+", type=int, metavar="N", help=f"default: {ROWS}")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--lanes", nargs="+", type=int, help=f"default: {LANES}")
+    add("--splits", nargs="+", type=int, help="default: powers of two that fill the card")
     add("--repeats", type=int, default=9, help="times each setting is timed; default: 9")
     add("--jobs", type=int, help="processes that compile first; default: half the cores, 8 at most")
     add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 16 on a CPU")
@@ -157,7 +158,9 @@ def tiles_for(problem, options):
         low, high = (bound * units / problem.tokens for bound in PROGRAMS_PER_SM)
         high = min(high, vectors // lanes)
         splits = [2**i for i in range(16) if min(low, high / 8) < 2**i <= high]
-        if options.device.type == "cpu":
+        if options.splits:
+            splits = [count for count in options.splits if count <= max(1, vectors // lanes)]
+        elif options.device.type == "cpu":
             splits = [1, 2]
         for count in splits or [1]:
             tile = dataclasses.replace(default, lanes=lanes, num_warps=lanes // warp, splits=count)
