@@ -27,7 +27,9 @@ def add_options(parser, names, repeats):
     add("--repeats", type=int, help=text)
     add("--threads", type=int, help="CPU threads, the same for all; default: PyTorch's choice")
     add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
-    add("--name", help="of the files, without an ending; default: the device's")
+    add(
+        "--name", help="of the files, without an ending; default: the device's, of a part and -part"
+    )
     add("--seconds", type=float, default=float("inf"), help="begin no case after that")
     add("--no-plots", action="store_true", help="write the CSV only")
     parser.set_defaults(names=names)
@@ -45,6 +47,7 @@ def current(device):
 
 def settle(parser, options, defaults):
     """Fills in what depends on the device; ``defaults``: name -> (on a GPU, on a CPU)."""
+    options.part = "-part" if tables.is_part(parser, options) else ""
     gpu = torch.cuda.is_available()
     options.device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     if options.device.type not in ("cpu", "cuda"):
@@ -101,7 +104,7 @@ def report(
     why. case: the columns that tell one case from another. draw(rows, stem): the paths written.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    name = options.name or prefix + tables.slug(options.device, where["device"])
+    name = options.name or prefix + tables.slug(options.device, where["device"]) + options.part
     path = options.out / f"{name}.csv"
 
     notes = {

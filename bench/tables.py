@@ -95,6 +95,19 @@ def slug(device, name):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+# --- the files ---
+
+WHERETO = ("device", "threads", "jobs", "out", "output", "name", "no_plots")
+
+
+def is_part(parser, options):
+    """Whether the command line leaves out, or takes otherwise, some of what is measured by default.
+    Then the file of the whole must not be written over.
+    """
+    given = {key: value for key, value in vars(options).items() if key not in WHERETO}
+    return any(value != parser.get_default(key) for key, value in given.items())
+
+
 # --- rows ---
 
 

@@ -80,6 +80,7 @@ def parse(arguments):
     add("--out", type=Path, help="CSV; default: bench/results/tune-<device>.csv")
     add("--compile-part", help=argparse.SUPPRESS)  # k/n: one of the compiling processes
     options = parser.parse_args(arguments)
+    options.part = "-part" if tables.is_part(parser, options) else ""
     options.device = torch.device(options.device or "cuda")
     gpu = options.device.type == "cuda"
     if gpu and (not torch.cuda.is_available() or _checks.INTERPRETING):
@@ -470,9 +471,8 @@ def main(arguments=None):
     where["command"] = shlex.join(["python", "bench/tune.py", *arguments])
     if options.device.type == "cpu":
         where["device"] = f"Triton's interpreter on a CPU: {where['device']}"
-    path = (
-        options.out or HERE / "results" / f"tune-{tables.slug(options.device, where['device'])}.csv"
-    )
+    name = f"tune-{tables.slug(options.device, where['device'])}{options.part}.csv"
+    path = options.out or HERE / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.jobs:
         compile_ahead(arguments, options)
