@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 
-from drkl_triton import _checks, kernels, tiled
+from drkl_triton import _checks, kernels, slices, tiled
 
 CARD = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(
@@ -45,10 +45,18 @@ class _Mode(TorchFunctionMode):
             return function(*args, **kwargs)
         args = tuple(map(_on_cpu, args))
         kwargs = {key: _on_cpu(value) for key, value in kwargs.items()}
-        if function in (torch.mm, torch.addmm) and "out_dtype" in kwargs:
-            dtype = kwargs.pop("out_dtype")
-            args = tuple(x.to(dtype) for x in args)
         return function(*args, **kwargs)
+
+
+def wide(multiply):
+    """torch.mm or torch.addmm that takes 16-bit matrices and sums in ``out_dtype``."""
+
+    def call(*args, out_dtype=None, **kwargs):
+        if out_dtype is not None:
+            args = tuple(x.to(out_dtype) for x in args)
+        return multiply(*args, **kwargs)
+
+    return call
 
 
 class Event:
@@ -97,6 +105,10 @@ def pretend():
             stack.enter_context(patch.object(kernels, name, getattr(tiled, name)))
         # inside of PyTorch's own functions a tensor says that it is on the CPU
         stack.enter_context(patch.object(_checks, "_TRITON_DEVICES", ("cuda", "cpu")))
+        for name in ("mm", "addmm"):
+            stack.enter_context(patch.object(torch, name, wide(getattr(torch, name))))
+        slices.multiplies_into_float32.cache_clear()
+        stack.callback(slices.multiplies_into_float32.cache_clear)
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(_Mode())
         yield
