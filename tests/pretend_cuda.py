@@ -8,6 +8,7 @@ answers as an H100 would. ``set_device`` refuses what the real one refuses.
 """
 
 import contextlib
+import functools
 import runpy
 import sys
 import time
@@ -51,6 +52,7 @@ class _Mode(TorchFunctionMode):
 def wide(multiply):
     """torch.mm or torch.addmm that takes 16-bit matrices and sums in ``out_dtype``."""
 
+    @functools.wraps(multiply)  # inductor registers it by its name
     def call(*args, out_dtype=None, **kwargs):
         if out_dtype is not None:
             args = tuple(x.to(out_dtype) for x in args)

@@ -92,6 +92,7 @@ def test_scripts_take_the_arguments_of_the_steps(step, dry, tmp_path, monkeypatc
 @pytest.fixture
 def day(tmp_path):
     day = gpu_day.Day(tmp_path, dry=False)
+    day.due = day.now()  # the clock has been running since the import
     yield day
     day.end()
 
@@ -107,7 +108,6 @@ def test_what_hangs_or_fails_costs_the_others_nothing(day, monkeypatch):
     )
     (day.work / "deaf.py").write_text(deaf)
     began = time.monotonic()
-    day.due = day.now()
     day.together([gpu_day.Step("s", "hangs", 2, "{python} deaf.py")])
     day.together([gpu_day.Step("s", "absent", 2, "no-such-program")])
     day.together([step("fails", "1/0", beside=True), step("works", "print(7)", beside=True)])

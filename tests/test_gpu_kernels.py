@@ -195,7 +195,7 @@ def test_masks_of_the_lowest_finite_number(device, N, V, dtype):
 @bf16_and_fp32
 @sizes((14, 128256), (512, 50257), (512, 128256), small=(7, 5003))
 def test_rows_that_need_care(device, N, V, dtype):
-    """What the fast loop meets in the middle of a row and cannot sum."""
+    """What the fast loop meets in the middle of a row; infinities and NaN it cannot sum."""
     s, t, y, upstream = draw(device, N, V, dtype)
     y.remainder_(V // 4)  # the label's tile is walked first: far from what follows
     third, half, late = V // 3, V // 2, V * 3 // 4
@@ -208,7 +208,8 @@ def test_rows_that_need_care(device, N, V, dtype):
     s[6::kinds, late] = NAN
     one = torch.ones((), device=device)
     care = kernels.row_sums(rows_of(s), rows_of(t), y, one, V, splits=1)[8]
-    expected = torch.arange(N, device=device) % kinds != 0
+    kind = torch.arange(N, device=device) % kinds
+    expected = (kind != 0) & (kind != 3) & (kind != 4)  # maxima may rise where they like
     assert torch.equal(care.bool(), expected)
     assert max(excess("drkl", s, t, y, upstream, backend="triton")) <= 1
 
