@@ -60,7 +60,10 @@ RUN = (
 )
 TUNE = "tune.py --dtype bfloat16 --out {name}.csv "
 # From another folder: the root has a drkl_triton/ without kernels/
-TEST = "-m pytest -c {root}/pyproject.toml -p no:cacheprovider -m gpu -q -rfE --color=no "
+TEST = (
+    "-m pytest -c {root}/pyproject.toml -p no:cacheprovider -m gpu -q -rfE --color=no "
+    "-o faulthandler_timeout=60 "
+)
 DRY_RUN = "--vocab 301 --tokens 8 --repeats 1 --copy-mb 4 "
 DRY_TUNE = "--device cuda --vocab 600 --tokens 5 --repeats 1 --jobs 0 --copy-mb 4 "
 LIMIT = "--name {name} --seconds {seconds} "
