@@ -1,12 +1,14 @@
 """What the benchmarks' command lines have in common."""
 
 import sys
+import time
 from pathlib import Path
 
 import tables
 import torch
 from tqdm import tqdm
 
+START = time.monotonic()
 HERE = Path(__file__).resolve().parent
 DTYPES = {
     "float32": torch.float32,
@@ -19,30 +21,57 @@ def add_options(parser, names, repeats):
     """Where, who, how often and whereto. ``repeats``: the default (on a GPU, on a CPU)."""
     add = parser.add_argument
     add("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
-    add("--providers", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {names}")
+    text = f"of {names}; default: all, on a GPU without tiled"
+    add("--providers", nargs="+", choices=names, metavar="NAME", help=text)
     text = f"times each call is timed; default: {repeats[0]} on a GPU, {repeats[1]} on a CPU"
     add("--repeats", type=int, help=text)
     add("--threads", type=int, help="CPU threads, the same for all; default: PyTorch's choice")
     add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
-    add("--name", help="of the files, without an ending; default: the device's")
+    add(
+        "--name", help="of the files, without an ending; default: the device's, of a part and -part"
+    )
+    add("--seconds", type=float, default=float("inf"), help="begin no case after that")
+    add("--no-plots", action="store_true", help="write the CSV only")
+    parser.set_defaults(names=names)
+
+
+def current(device):
+    """The device by its number, made the current one: "cuda" alone cannot be set."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
+    return device
 
 
 def settle(parser, options, defaults):
     """Fills in what depends on the device; ``defaults``: name -> (on a GPU, on a CPU)."""
+    options.part = "-part" if tables.is_part(parser, options) else ""
     gpu = torch.cuda.is_available()
     options.device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     if options.device.type not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda (ROCm is cuda, too), got {options.device}")
     if options.device.type == "cuda" and not gpu:
         parser.error("--device cuda: this PyTorch sees no GPU")
+    options.device = current(options.device)
     gpu = options.device.type == "cuda"
+    names = options.names  # on a GPU tiled is what a fallback costs, and takes half of the time
+    defaults |= {"providers": ([name for name in names if name != "tiled"], names)}
     for name, (on_gpu, on_cpu) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if gpu else on_cpu)
-    if gpu:
-        torch.cuda.set_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+
+
+def in_time(cases, options):
+    """The cases that can be begun within --seconds."""
+    for case in cases:
+        if time.monotonic() - START > options.seconds:
+            print("time is up", flush=True)
+            return
+        yield case
 
 
 def progress(total):
@@ -75,7 +104,7 @@ def report(
     why. case: the columns that tell one case from another. draw(rows, stem): the paths written.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    name = options.name or prefix + tables.slug(options.device, where["device"])
+    name = options.name or prefix + tables.slug(options.device, where["device"]) + options.part
     path = options.out / f"{name}.csv"
 
     notes = {
@@ -101,7 +130,8 @@ def report(
     parts = (render(rows), tables.render_absent(absent), legend)
     print("\n\n".join(part for part in parts if part), end="\n\n")
     print(", ".join(f"{key} {where[key]}" for key in tables.ENVIRONMENT if where[key] != ""))
-    for written in [path, *draw(rows, options.out / name)] if rows else []:
+    plots = draw(rows, options.out / name) if rows and not options.no_plots else []
+    for written in [path, *plots] if rows else []:
         print(f"wrote {written}")
     if interrupted:
         print("interrupted: what was measured until then is above and in the files")

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
-    import linear_plots
     import linear_providers as providers
     import tables
     import torch
-    from command import DTYPES, add_options, first_line, in_turn, progress, report, settle
+    from command import DTYPES, add_options, first_line, in_time, in_turn, progress, report, settle
     from linear_truth import UPSTREAM, Case, Truth
     from tables import digits
     from timing import MB, Clock, allocations, free_memory
@@ -188,8 +187,9 @@ def measure(options, notes, keep):
     }
     work = sum((options.repeats + 1) * len(taking_part[op]) * N * V for op, _, N, V in cases)
     with progress(work) as bar:
-        for op, dtype, tokens, vocab in cases:
-            torch._dynamo.reset()  # each shape compiled for itself, none over the recompile limit
+        for op, dtype, tokens, vocab in in_time(cases, options):
+            if "torch._dynamo" in sys.modules:  # the import alone takes seconds
+                torch._dynamo.reset()  # each shape compiled for itself, none over the limit
             sizes = (tokens, vocab, options.hidden, options.teacher_hidden, options.ignored)
             case = Case(op, DTYPES[dtype], *sizes, options.device)
             entries = [Entry(provider) for provider in taking_part[op]]
@@ -266,6 +266,12 @@ def main(arguments=None):
     options = parse(arguments)
     where = tables.environment(options.device, arguments, "bench/linear.py")
     fixed = {"tokens": options.tokens[0], "vocab": options.vocab[0]}
+
+    def draw(rows, stem):
+        import linear_plots
+
+        return linear_plots.draw(rows, fixed, stem)
+
     return report(
         options,
         where,
@@ -275,7 +281,7 @@ def main(arguments=None):
         columns=COLUMNS,
         render=render,
         legend=LEGEND,
-        draw=lambda rows, stem: linear_plots.draw(rows, fixed, stem),
+        draw=draw,
         prefix="linear-",
     )
 

@@ -417,8 +417,10 @@ def parse(arguments):
     names = list(KERNELS)
     add("--kernel", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {names}")
     add("--case", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
-    add("--output", type=Path, default=HERE / "results" / "machine_code.csv")
+    add("--output", type=Path, help="default: results/machine_code.csv; of a part: none")
     options = parser.parse_args(arguments)
+    if options.output is None and not tables.is_part(parser, options):
+        options.output = HERE / "results" / "machine_code.csv"
     if min(options.vocab) < 16384:
         parser.error("--vocab must be 16384 or more: shorter rows may have no loop to look at")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -446,9 +448,12 @@ def main(arguments=None):
                     print(render(new), end="\n\n", flush=True)
                 rows += new
     print(LEGEND, end="\n\n")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(options.output, rows, arguments)
-    print(f"Triton {triton.__version__}; wrote {options.output}")
+    said = "a part, not written: --output names a file"
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(options.output, rows, arguments)
+        said = f"wrote {options.output}"
+    print(f"Triton {triton.__version__}; {said}")
     over = [row for row in rows if row["limits"] != "ok"]
     for row in over:
         place = f"{row['kernel']}, {row['target']}, V={row['vocab']:,}, {row['dtype']}"

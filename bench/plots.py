@@ -16,6 +16,7 @@ COLOURS = {
     "compile": "#E69F00",
     "tiled": "#0072B2",
     "triton": "#D55E00",
+    "kernels": "#8B3A00",
     "liger": "#009E73",
     "orda": "#56B4E9",
     "speculators": "#777777",
@@ -23,7 +24,7 @@ COLOURS = {
     "trl": "#000000",
     "quack": "#E69F00",
 }
-MARKERS = dict(zip(COLOURS, "os^DvPX<>*h", strict=True))
+MARKERS = dict(zip(COLOURS, "os^DvhPX<>*d", strict=True))
 
 
 def _style(name, wrong):

@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 
 import drkl_triton
+from drkl_triton import algebra
+from drkl_triton._layout import rows_of
 
 GAMMA = 0.5
 OPS = ("reverse_kl", "drkl", "softmax")
@@ -82,6 +84,52 @@ def ours(op, backend):
 
     functions = {"reverse_kl": reverse_kl, "drkl": drkl, "softmax": softmax}
     return lambda: functions[op]
+
+
+class _Kernels(torch.autograd.Function):
+    """The two launches alone. What is computed from their sums on [N] is kept in ``state`` from the
+    first call on, for all that follow.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, op, state):
+        from drkl_triton import kernels
+
+        s, t, (N, V) = rows_of(student), rows_of(teacher), student.shape
+        if not state:
+            one = torch.ones((), device=student.device)
+            gamma, labelled = (GAMMA * one, True) if op == "drkl" else (None, False)
+            code = labels if labelled else torch.full_like(labels, algebra.NO_LABEL)
+            state.update(code=code, one=one, rest=(gamma, labelled))
+        code, one = state["code"], state["one"]
+        sums = kernels.row_sums(s, t, code, one, V)
+        if "loss" not in state:
+            state["loss"] = algebra.losses(sums, code, one, *state["rest"], False)[0].mean()
+            state["sums"] = sums
+        ctx.rows, ctx.state, ctx.shape = (s, t), state, (N, V)
+        return state["loss"].detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        from drkl_triton import kernels
+
+        state, (N, V) = ctx.state, ctx.shape
+        code, one = state["code"], state["one"]
+        if "scalars" not in state:
+            scalars = algebra.gradient_scalars(
+                state["sums"], code, one, *state["rest"], (upstream / N).expand(N)
+            )
+            state["scalars"] = scalars.contiguous()
+        grad = kernels.row_grad(*ctx.rows, code, one, state["scalars"], V)
+        return grad, None, None, None, None
+
+
+def launches(op):
+    def make():
+        state = {}
+        return lambda *case: _Kernels.apply(*case, op, state)
+
+    return make
 
 
 # --- public kernels, as far as they take logits of both models ---
@@ -240,6 +288,15 @@ ALL = (
     Provider("compile", "torch.compile of dense", _dense(compiled)),
     _package("tiled", "this package, PyTorch in tiles"),
     _package("triton", "this package, Triton kernels", gpu_only=True),
+    Provider(
+        "kernels",
+        "the two launches alone",
+        {op: launches(op) for op in ("reverse_kl", "drkl")},
+        "drkl-triton",
+        "drkl_triton",
+        gpu_only=True,
+        own=True,
+    ),
     _kernel(
         "liger",
         "Liger Kernel: JSD with beta 1; softmax",

@@ -16,13 +16,12 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
-    import plots
     import providers
     import tables
     import torch
-    from command import DTYPES, add_options, first_line, in_turn, progress, report, settle
+    from command import DTYPES, add_options, first_line, in_time, in_turn, progress, report, settle
     from tables import MODES, TENSORS_MOVED
-    from timing import MB, Clock, Copy, peak_memory
+    from timing import MB, Clock, Copy, Read, peak_memory
     from truth import UPSTREAM, Case, errors, truth_of
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make bench, or: pip install -e '.[bench]'")
@@ -74,6 +73,8 @@ class Measurement:
     def __init__(self, case, entries, modes, clock, copy):
         self.case, self.entries, self.modes = case, entries, modes
         self.clock, self.copy, self.copy_times = clock, copy, []
+        self.read = Read(copy) if case.device.type == "cuda" and copy else None
+        self.read_times = []
 
     def _forward(self, entry, upstream):
         """(the student's leaf, a call that computes the result)."""
@@ -124,6 +125,8 @@ class Measurement:
             step(entry.provider.name)
         for turn in range(repeats):
             self.copy_times.append(self.clock.ms(self.copy)[0])
+            if self.read:
+                self.read_times.append(self.clock.ms(self.read)[0])
             for entry in in_turn(self.entries, turn):
                 if entry.call:
                     try:
@@ -138,6 +141,7 @@ class Measurement:
         copy = self.copy.bytes / median(self.copy_times) / 1e6 if self.copy_times else None
         for entry in self.entries:
             for mode in self.modes:
+                read = self.read.bytes / median(self.read_times) / 1e6 if self.read_times else ""
                 row = {
                     "op": case.op,
                     "mode": mode,
@@ -147,6 +151,7 @@ class Measurement:
                     "provider": entry.provider.name,
                     "version": entry.provider.version,
                     "note": entry.note,
+                    "read_gb_per_s": read,
                     "peak_mb": entry.peaks[mode] / MB if entry.peaks else "",
                 }
                 if entry.errors:
@@ -179,8 +184,9 @@ def measure(options, notes, keep):
     }
     work = sum((options.repeats + 1) * len(taking_part[op]) * vocab for op, _, vocab in cases)
     with progress(work) as bar:
-        for op, dtype, vocab in cases:
-            torch._dynamo.reset()  # each shape compiled for itself, none over the recompile limit
+        for op, dtype, vocab in in_time(cases, options):
+            if "torch._dynamo" in sys.modules:  # the import alone takes seconds
+                torch._dynamo.reset()  # each shape compiled for itself, none over the limit
             case = Case(op, DTYPES[dtype], vocab, options.tokens, options.device)
             entries = [Entry(provider) for provider in taking_part[op]]
             measurement = Measurement(case, entries, options.mode, clock, copy)
@@ -194,6 +200,12 @@ def measure(options, notes, keep):
             finally:
                 keep(list(measurement.rows()))
             del case, measurement  # before the next one's tensors
+
+
+def draw(rows, stem):
+    import plots  # takes seconds
+
+    return plots.draw(rows, stem)
 
 
 def main(arguments=None):
@@ -210,7 +222,7 @@ def main(arguments=None):
         columns=tables.COLUMNS,
         render=tables.render,
         legend=tables.LEGEND,
-        draw=plots.draw,
+        draw=draw,
     )
 
 

@@ -29,7 +29,7 @@ CASE = ("op", "dtype", "mode", "vocab")
 COLUMNS = (
     *("op", "mode", "dtype", "vocab", "tokens", "provider", "version"),
     *("check", "result_error", "grad_error", "ms", "ms_q1", "ms_q3", "runs"),
-    *("bytes", "gb_per_s", "copy_gb_per_s", "percent_of_copy", "peak_mb"),
+    *("bytes", "gb_per_s", "copy_gb_per_s", "percent_of_copy", "read_gb_per_s", "peak_mb"),
     *RATIOS,
     *("note", *ENVIRONMENT, "date"),
 )
@@ -54,6 +54,16 @@ def _cpu_name():
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def commit():
+    """COMMIT in the environment, where git cannot say it."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
+    commit = _said_by("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    if commit != "unknown" and _said_by("git", "status", "--porcelain", "--", ":!bench/results"):
+        commit += "-dirty"
+    return commit
+
+
 def environment(device, arguments, script="bench/run.py"):
     """The columns that say where, with what and how the numbers were made."""
     gpu, driver = device.type == "cuda", ""
@@ -61,9 +71,6 @@ def environment(device, arguments, script="bench/run.py"):
         driver = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         driver = " ".join([*_said_by(*query).splitlines()[:1], driver])
-    commit = _said_by("git", "rev-parse", "--short=12", "HEAD") or "unknown"
-    if commit != "unknown" and _said_by("git", "status", "--porcelain", "--", ":!bench/results"):
-        commit += "-dirty"
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -76,7 +83,7 @@ def environment(device, arguments, script="bench/run.py"):
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         "command": shlex.join(["python", script, *arguments]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
@@ -86,6 +93,19 @@ def slug(device, name):
     """nvidia-h100-80gb-hbm3; cpu-amd-epyc"""
     name = f"cpu {name}" if device.type == "cpu" else name
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# --- the files ---
+
+WHERETO = ("device", "threads", "jobs", "out", "output", "name", "no_plots")
+
+
+def is_part(parser, options):
+    """Whether the command line leaves out, or takes otherwise, some of what is measured by default.
+    Then the file of the whole must not be written over.
+    """
+    given = {key: value for key, value in vars(options).items() if key not in WHERETO}
+    return any(value != parser.get_default(key) for key, value in given.items())
 
 
 # --- rows ---

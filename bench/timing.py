@@ -43,12 +43,13 @@ class Clock:
     def __init__(self, device):
         self.gpu = device.type == "cuda"
         size = max((512 if self.gpu else 64) * MB, 2 * last_level_cache(device))
-        self._evict = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._evict = torch.ones(size // 8, dtype=torch.int64, device=device)
 
     def ms(self, call):
         """(milliseconds, result). On a GPU between two events on the stream: the launches are
         queued behind a pause, so that time is the GPU's and not Python's, unless the call itself
-        waits for the GPU.
+        waits for the GPU. There the cache is emptied by reading: what was written would be on its
+        way to memory while the call runs.
         """
         if not self.gpu:
             self._evict.add_(1)  # reads and writes more than the last-level cache holds
@@ -57,8 +58,8 @@ class Clock:
             return (time.perf_counter() - start) * 1e3, result
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda.synchronize()
-        self._evict.add_(1)
-        torch.cuda._sleep(4_000_000)  # cycles: about 2 ms
+        self._evict.amax()
+        torch.cuda._sleep(6_000_000)  # cycles: about 3 ms
         events[0].record()
         result = call()
         events[1].record()
@@ -78,24 +79,39 @@ class Copy:
         self._target.copy_(self._source)
 
 
+class Read(Copy):
+    """The largest element of one of them: what the memory can do where nothing is written."""
+
+    def __init__(self, copy):
+        self._source, self.bytes = copy._source.view(torch.int64), copy._source.numel()
+
+    def __call__(self):
+        self._source.amax()
+
+
+def _requested(device, what):
+    return torch.cuda.memory_stats(device).get(f"requested_bytes.all.{what}", 0)
+
+
 @contextmanager
 def allocations(device):
     """Yields an object whose ``peak`` and ``live`` are, at the end, the bytes of torch tensors that
     were allocated inside the block at most, and that are left of them.
 
-    CUDA: the caching allocator's own statistics. CPU: every allocation and release that torch's CPU
-    allocator reports to the profiler, summed up; that covers all tensors, those of compiled code
-    included, and leaves out what a library takes with malloc.
+    CUDA: the bytes asked of the caching allocator, which rounds up to blocks of its own. CPU: every
+    allocation and release that torch's CPU allocator reports to the profiler, summed up; that
+    covers all tensors, those of compiled code included, and leaves out what a library takes with
+    malloc.
     """
     count = SimpleNamespace(peak=0, live=0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = _requested(device, "current")
         yield count
         torch.cuda.synchronize(device)
-        count.peak = torch.cuda.max_memory_allocated(device) - before
-        count.live = torch.cuda.memory_allocated(device) - before
+        count.peak = _requested(device, "peak") - before
+        count.live = _requested(device, "current") - before
         return
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         yield count

@@ -23,6 +23,7 @@ START = time.monotonic()
 try:
     import tables
     import torch
+    from command import current
     from timing import Clock, Copy
     from truth import UPSTREAM, Case
 
@@ -72,12 +73,14 @@ def parse(arguments):
     add("--tokens", nargs="+", type=int, metavar="N", help=f"default: {ROWS}")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--lanes", nargs="+", type=int, help=f"default: {LANES}")
+    add("--splits", nargs="+", type=int, help="default: powers of two that fill the card")
     add("--repeats", type=int, default=9, help="times each setting is timed; default: 9")
     add("--jobs", type=int, help="processes that compile first; default: half the cores, 8 at most")
     add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 16 on a CPU")
     add("--out", type=Path, help="CSV; default: bench/results/tune-<device>.csv")
     add("--compile-part", help=argparse.SUPPRESS)  # k/n: one of the compiling processes
     options = parser.parse_args(arguments)
+    options.part = "-part" if tables.is_part(parser, options) else ""
     options.device = torch.device(options.device or "cuda")
     gpu = options.device.type == "cuda"
     if gpu and (not torch.cuda.is_available() or _checks.INTERPRETING):
@@ -93,8 +96,7 @@ def parse(arguments):
     ):
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if gpu else on_cpu)
-    if gpu:
-        torch.cuda.set_device(options.device)
+    options.device = current(options.device)
     return options
 
 
@@ -157,7 +159,9 @@ def tiles_for(problem, options):
         low, high = (bound * units / problem.tokens for bound in PROGRAMS_PER_SM)
         high = min(high, vectors // lanes)
         splits = [2**i for i in range(16) if min(low, high / 8) < 2**i <= high]
-        if options.device.type == "cpu":
+        if options.splits:
+            splits = [count for count in options.splits if count <= max(1, vectors // lanes)]
+        elif options.device.type == "cpu":
             splits = [1, 2]
         for count in splits or [1]:
             tile = dataclasses.replace(default, lanes=lanes, num_warps=lanes // warp, splits=count)
@@ -467,9 +471,8 @@ def main(arguments=None):
     where["command"] = shlex.join(["python", "bench/tune.py", *arguments])
     if options.device.type == "cpu":
         where["device"] = f"Triton's interpreter on a CPU: {where['device']}"
-    path = (
-        options.out or HERE / "results" / f"tune-{tables.slug(options.device, where['device'])}.csv"
-    )
+    name = f"tune-{tables.slug(options.device, where['device'])}{options.part}.csv"
+    path = options.out or HERE / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.jobs:
         compile_ahead(arguments, options)

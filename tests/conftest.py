@@ -58,6 +58,14 @@ def poisoned_outputs(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def memory_is_given_back(request):
+    """Tests share the card with those of other processes."""
+    yield
+    if "gpu" in request.keywords:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(20260401)
 

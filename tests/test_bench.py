@@ -212,6 +212,17 @@ def test_memory_agrees_with_the_operating_system():
     assert peak == pytest.approx(_resident("VmHWM") - before, rel=0.05)
 
 
+def test_a_part_does_not_replace_the_whole(tmp_path, monkeypatch):
+    """The default name of the files says so, for every option that leaves something out."""
+    assert run.parse(["--device", "cpu", "--threads", "1"]).part == ""
+    for part in ("--op drkl", "--vocab 32000", "--tokens 64", "--repeats 2", "--providers dense"):
+        assert run.parse(["--device", "cpu", *part.split()]).part == "-part"
+    monkeypatch.setattr(tables, "slug", lambda *_: "here")
+    arguments = "--op reverse_kl --mode forward --providers dense --no-plots".split()
+    assert run.main([*TINY, *arguments, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["here-part.csv"]
+
+
 def test_the_command_line(tmp_path):
     def said(*arguments):
         command = [sys.executable, str(BENCH / "run.py"), *arguments]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drkl_triton import drkl, log_softmax, reverse_kl, softmax
+from drkl_triton import drkl, linear_reverse_kl, log_softmax, reverse_kl, softmax
 
 pytestmark = pytest.mark.gpu
 V = 5003
@@ -82,6 +82,44 @@ def test_cuda_graph(columns):
     graph.replay()
     for one, other in zip(captured, step(s, t, y, "triton", gamma=gamma), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}], ids=str)
+def test_cuda_graph_of_a_linear_loss(options):
+    """All rows count, which needs no look at the labels; captured once, replayed on others."""
+
+    def draw():
+        hidden, teacher_hidden = (torch.randn(24, 64, device="cuda").bfloat16() for _ in range(2))
+        weight, teacher_weight = (torch.randn(V, 64, device="cuda").bfloat16() for _ in range(2))
+        return hidden, weight, teacher_hidden, teacher_weight
+
+    tensors = draw()
+    for x in tensors[:2]:
+        x.requires_grad_()
+    upstream = torch.rand(24 if options.get("reduction") else (), device="cuda")
+
+    def step():
+        loss = linear_reverse_kl(
+            *tensors[:2], teacher_hidden=tensors[2], teacher_weight=tensors[3],
+            chunk_bytes=16 * V * 8, **options,
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, tensors[:2], upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x, new in zip(tensors, draw(), strict=True):
+            x.copy_(new)
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-5)
 
 
 def test_auto_is_triton():

@@ -459,7 +459,8 @@ def test_whole_run(tmp_path, capsys):
     command = [sys.executable, str(DEMO / "run.py"), *TINY, "--seeds", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "runs" / "demo"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-quick"]
+    out = tmp_path / "runs" / "demo-quick"
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["seeds"] == [0, 1]
     assert results["data"]["vocab"] == 300

@@ -2,32 +2,30 @@
 
 import csv
 import importlib
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from pretend_cuda import pretend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
-tune = importlib.import_module("tune")
-
-STAGES = ("tune", "bench", "linear")
-FILES = {"summary.txt", "tests.txt", *(f"{s}.{e}" for s in STAGES for e in ("csv", "txt"))}
-INTERPRETER = "Triton's interpreter on a CPU"
+gpu_day, tune = (importlib.import_module(name) for name in ("gpu_day", "tune"))
 
 
-def gpu_day(out, *arguments, root=ROOT, **environment):
+def run(folder, *arguments):
     """(exit status, the summary)."""
-    command = ["bash", str(root / "bench" / "gpu_day.sh"), *arguments, str(out)]
-    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    command = ["bash", str(ROOT / "bench" / "gpu_day.sh"), *arguments, str(folder)]
+    environment = {**os.environ, "PYTHON": sys.executable, "COMMIT": "0123abcd"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert "summary.txt" in done.stderr or "--dry" in done.stderr, done.stderr
-    return done.returncode, (out / "summary.txt").read_text()
+    return done.returncode, (folder / "summary.txt").read_text()
 
 
 def rows_of(path):
@@ -35,83 +33,122 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def statuses(summary):
-    pattern = r"^(install|tests|tune|bench|linear) +(ok|not run|cut off|FAILED) +\d+s of +\d+s"
-    return dict(re.findall(pattern, summary, re.M))
-
-
-def test_a_dry_run(tmp_path):
-    status, summary = gpu_day(tmp_path, "--dry")
-    ran = {"install": "ok", "tests": "not run", "tune": "ok", "bench": "ok", "linear": "ok"}
-    assert statuses(summary) == ran
-    assert status == 0
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-
-    # nothing claims to come from a GPU
-    assert summary.startswith("DRY RUN. No GPU was used, and no time in this folder is a GPU's")
-    assert re.search(r"^card +none$", summary, re.M) and "Proposed" not in summary
-    assert re.search(r"no GPU: \d+ skipped", summary)
-    assert not re.search(r"^\S+::\S+ PASSED", (tmp_path / "tests.txt").read_text(), re.M)
-    tuned, timed, linear = (rows_of(tmp_path / f"{stage}.csv") for stage in STAGES)
-    assert tuned and all(row["device"].startswith(INTERPRETER) for row in tuned)
-    assert all(row["driver"] == "" for row in tuned + timed + linear)
-    assert tune.NOT_A_GPU in (tmp_path / "tune.txt").read_text()
-    assert {row["provider"] for row in timed if row["ms"]} == {"dense", "tiled"}
-    assert {row["provider"] for row in linear if row["ms"]} == {"products", "dense", "tiled"}
-    for row in timed + linear:
-        assert row["note"] == ("needs a GPU" if row["provider"] == "triton" else "")
-
-    for version in (f"torch     {torch.__version__}", f"pytest    {pytest.__version__}"):
-        assert version in summary
-    for row in tuned:
-        assert row["check"] == "ok" and float(row["ms"]) > 0 and row["command"]
-    assert {row["kernel"] for row in tuned} == {"row_sums", "row_grad"}
-    assert {(row["lanes"], row["splits"]) for row in tuned} >= {("128", "1"), ("64", "2")}
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A copy of the sources without git, which a test may break."""
-    root = tmp_path / "tree"
-    ignored = shutil.ignore_patterns("results", "__pycache__")
-    for folder in ("drkl_triton", "kernels", "bench", "tests"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, root)
-    return root
-
-
-def test_what_is_missing_fails_or_hangs_costs_the_others_nothing(tree, tmp_path):
-    """No pip, pytest, tqdm or matplotlib; and a sweep that does not end by itself."""
-    absent = tmp_path / "absent"
-    absent.mkdir()
-    for name in ("pip", "pytest", "tqdm", "matplotlib"):
-        (absent / f"{name}.py").write_text("raise ModuleNotFoundError('hidden')")
-    (tree / "bench" / "tune.py").write_text("while True:\n    pass\n")
-    script = tree / "bench" / "gpu_day.sh"
-    text = script.read_text()
-    short = "INSTALL=12 TESTS=1 TUNE=1 BENCH=30 LINEAR=30 GRACE=1"
-    script.write_text(re.sub(r"INSTALL=20 .* GRACE=3", short, text))
-    assert script.read_text() != text
-
-    out = tmp_path / "out"
-    environment = {"PYTHONPATH": str(absent), "COMMIT": "0123abcd"}
-    status, summary = gpu_day(out, "--dry", root=tree, **environment)
-    assert status == 1
-    ran = {"install": "ok", "tests": "not run", "tune": "cut off", "bench": "ok", "linear": "ok"}
-    assert statuses(summary) == ran
-    assert "pytest is not installed" in summary and "pip could not" in summary
-    assert re.search(r"^commit +0123abcd$", summary, re.M)
-    assert {row["check"] for row in rows_of(out / "bench.csv") if row["ms"]} == {"ok"}
-    checks = {row["provider"]: row["check"] for row in rows_of(out / "linear.csv") if row["ms"]}
-    assert checks == {"products": "", "dense": "ok", "tiled": "ok"}
-    assert {path.name for path in out.iterdir()} <= FILES
+def test_a_dry_step(tmp_path):
+    status, summary = run(tmp_path, "--dry", "--only", "headline", "--")
+    assert status == 0 and re.search(r"^headline +ok", summary, re.M)
+    assert summary.startswith("DRY RUN on a pretend CUDA") and "commit 0123abcd" in summary
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.txt", "results.tar.gz"}
+    with tarfile.open(tmp_path / "results.tar.gz") as tar:
+        assert set(tar.getnames()) == {"headline.csv", "headline.txt"}
+        tar.extract("headline.csv", tmp_path, filter="data")
+    rows = rows_of(tmp_path / "headline.csv")
+    assert {row["provider"] for row in rows} == {"kernels", "triton", "dense"}
+    for row in rows:
+        assert row["check"] == "ok" and row["device"] == "Pretend H100" and row["ms"]
+        assert row["commit"] == "0123abcd" and row["read_gb_per_s"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_real_run_needs_a_gpu(tmp_path):
-    status, summary = gpu_day(tmp_path)
-    assert status == 2 and "nothing ran: PyTorch sees no GPU" in summary
+    status, summary = run(tmp_path)
+    assert status == 2 and re.search(r"^versions +FAILED 3", summary, re.M)
+
+
+def test_limits():
+    def whole(steps, limits):
+        stages = {}
+        for step in steps:
+            stages.setdefault(step.name if not step.beside else step.stage, []).append(step.name)
+        return sum(max(limits[name] for name in names) for names in stages.values())
+
+    first = {step.name: step.seconds for step in gpu_day.FIRST}
+    assert whole(gpu_day.FIRST, first) <= 475  # and what lies between
+    second = [step for step in gpu_day.FIRST if step.name in gpu_day.SECOND]
+    assert whole(second, gpu_day.SECOND) <= 230
+    early = [step for step in gpu_day.FIRST[:2]]
+    assert early[1].name == "headline" and whole(early, first) <= 180
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["real", "dry"])
+@pytest.mark.parametrize("step", gpu_day.FIRST, ids=lambda step: step.name)
+def test_scripts_take_the_arguments_of_the_steps(step, dry, tmp_path, monkeypatch):
+    for command in (
+        [step.command] if " {bench}/" not in step.command else step.command.split("/")[1:]
+    ):
+        script, _, arguments = command.partition(".py ")
+        if script not in ("run", "linear", "tune", "one_sweep") or step.dry == "-" and dry:
+            continue
+        arguments = arguments.format(name="n", seconds=5).split() + step.dry.split() * dry
+        spec = importlib.util.spec_from_file_location("script", ROOT / "bench" / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "script", module)
+        spec.loader.exec_module(module)
+        if script == "tune":
+            monkeypatch.setattr(module._checks, "INTERPRETING", False)
+        with pretend():
+            module.parse(arguments)
+
+
+@pytest.fixture
+def day(tmp_path):
+    day = gpu_day.Day(tmp_path, dry=False)
+    day.due = day.now()  # the clock has been running since the import
+    yield day
+    day.end()
+
+
+def step(name, code, seconds=30, **options):
+    return gpu_day.Step("s", name, seconds, f"-c {code}", **options)
+
+
+def test_what_hangs_or_fails_costs_the_others_nothing(day, monkeypatch):
+    monkeypatch.setattr(gpu_day, "GRACE", 1)
+    deaf = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import time; time.sleep(60)"
+    )
+    (day.work / "deaf.py").write_text(deaf)
+    began = time.monotonic()
+    day.together([gpu_day.Step("s", "hangs", 2, "{python} deaf.py")])
+    day.together([gpu_day.Step("s", "absent", 2, "no-such-program")])
+    day.together([step("fails", "1/0", beside=True), step("works", "print(7)", beside=True)])
+    assert time.monotonic() - began < 20
+    assert day.failed
+    assert (day.statuses["hangs"], day.statuses["fails"], day.statuses["works"]) == (
+        "cut off",
+        1,
+        0,
+    )
+    summary = (day.folder / "summary.txt").read_text()
+    assert re.search(r"^works +ok .* 7$", summary, re.M) and "ZeroDivisionError" in summary
+    assert re.search("^absent +not there", summary, re.M)
+
+
+def test_steps_take_the_package_from_the_tree(day):
+    """Not from the root, whose drkl_triton/ has no kernels/; and without git and pip."""
+    code = "import('drkl_triton.kernels').kernels.__file__".replace("import", "__import__")
+    day.together([step("where", f"print({code})")])
+    assert str(day.work / "site" / "drkl_triton" / "kernels") in day.lines[0]
+
+
+def test_the_table(day):
+    head = "op,mode,vocab,provider,ms,copy_gb_per_s,device\n"
+    rows = "drkl,forward,128256,kernels,1.6,2900,NVIDIA H100 80GB HBM3\n"
+    (day.work / "headline.csv").write_text(head + rows)
+    table = "\n".join(day.table())
+    assert re.search(r"headline kernels forward 128,256 ms +1.45 +1.60 +1.10$", table, re.M)
+    assert re.search(r"headline copy .* 3000.00 +2900.00 +0.97$", table, re.M)
+    assert re.search(r"compile compile forward 128,256 ms +", table)
+
+
+def test_the_commit_is_packed_or_given(day, tmp_path, monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
+    monkeypatch.setattr(gpu_day, "git_commit", lambda: "")
+    monkeypatch.setattr(gpu_day, "PACKED", tmp_path)
+    assert day.commit() == "unknown"
+    (tmp_path / "COMMIT").write_text("abc\n")
+    assert day.commit() == "abc"
+    monkeypatch.setenv("COMMIT", "def")
+    assert day.commit() == "def"
 
 
 TINY = "--device cpu --kernel row_grad --dtype float32 --vocab 1300 --tokens 1 --repeats 1".split()
@@ -202,7 +239,7 @@ def test_the_most_important_comes_first():
 def test_each_row_count_gets_splits_that_fill_a_card(monkeypatch):
     """As on an H100. Fewer rows, more splits; as many as a row has tiles at most."""
     monkeypatch.setattr(tune.tuning, "_device_shape", lambda device: (132, 32))
-    options = tune.argparse.Namespace(device=torch.device("meta"), lanes=tune.LANES)
+    options = tune.argparse.Namespace(device=torch.device("meta"), lanes=tune.LANES, splits=None)
 
     def splits(tokens, vocab=128256, lanes=128):
         problem = tune.Problem("row_sums", "bfloat16", vocab, tokens)

@@ -277,6 +277,17 @@ def report(folder, *arguments, path=""):
         return run.returncode, run.stdout + run.stderr, list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(
+    "part", ["--target sm_90", "--kernel softmax", "--case plain", "--vocab 50257"]
+)
+def test_a_part_does_not_replace_the_table(part, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    whole = machine_code.parse([]).output
+    assert whole == BENCH / "results" / "machine_code.csv"
+    assert machine_code.parse(part.split()).output is None
+    assert machine_code.parse([*part.split(), "--output", "x.csv"]).output == Path("x.csv")
+
+
 FULL = "--vocab 50257 128256 --dtype bfloat16 float32".split()
 SHORT = "--vocab 50257 --dtype float32".split()  # the other cases have the 16-bit types
 GRID = {"sm_90": FULL, "sm_100": FULL, "sm_80": SHORT, "sm_120": SHORT, "gfx942": SHORT}

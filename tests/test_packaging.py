@@ -247,3 +247,15 @@ def test_editable_install_maps_kernels(source, tmp_path):
             added.unlink()
     assert lines[:-1] == list(map(str, expected))
     assert str(source) not in lines[-1]  # nothing, or Hugging Face's package
+
+
+@pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed")
+def test_style_is_the_same_after_an_installation(tmp_path):
+    """pip install . leaves a folder build/, which is no module of this project."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "tests").mkdir()
+    shutil.copy(Path(__file__), tmp_path / "tests" / "test_packaging.py")
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "tests"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -44,7 +44,8 @@ def parse(description, argv=None):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/demo"), help="results and caches (%(default)s)")
+    text = "results and caches (runs/demo; with --quick runs/demo-quick)"
+    add("--out", type=Path, help=text)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, xpu (%(default)s)")
     add(
         "--dtype",
@@ -79,6 +80,7 @@ def parse(description, argv=None):
     add("--quick", action="store_true", help="tiny everything, to see that it works")
     add("--fresh", action="store_true", help="forget what earlier runs left in the folder's cache")
     args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/demo-quick" if args.quick else "runs/demo")
     for name, (full, quick, _) in SIZES.items():
         if getattr(args, attribute(name)) is None:
             setattr(args, attribute(name), quick if args.quick else full)
