@@ -17,6 +17,9 @@ class DistillationTrainer(Trainer):
     def __init__(self, *args, teacher, gamma=0.5, temperature=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
+        for model in (self.model, teacher):  # with a cache, packed sequences see each other
+            if hasattr(model, "config"):
+                model.config.use_cache = False
         self.gamma, self.temperature, self.sums = gamma, temperature, {}
         # The Trainer is to count num_items_in_batch. (Of a model that is not from transformers it
         # counts labels[:, 0], too, which nothing predicts: make them -100.)
@@ -24,7 +27,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "skip_logits")}
         outputs = model(**inputs)
         with torch.no_grad():
             teacher_logits = self.teacher(**inputs).logits

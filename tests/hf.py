@@ -72,3 +72,16 @@ def conversations():
             for sentence in SENTENCES * 4
         ]
     )
+
+
+def packed(rows, vocab, seed=3):
+    """(one batch of ``rows`` sequences of 5 to 9 tokens behind each other, each of them alone)."""
+    generator = torch.Generator().manual_seed(seed)
+    alone = []
+    for i in range(rows):
+        ids = torch.randint(3, vocab, (1, 5 + 2 * i), generator=generator)
+        labels = ids.clone()
+        labels[:, 0] = -100  # nothing before it predicts it
+        places = torch.arange(ids.shape[1])[None]
+        alone.append({"input_ids": ids, "labels": labels, "position_ids": places})
+    return {key: torch.cat([x[key] for x in alone], 1) for key in alone[0]}, alone

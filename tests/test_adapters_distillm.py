@@ -111,3 +111,10 @@ def test_errors_say_what_is_missing(batch):
         distillm.reverse_kl(logits, teacher, {"label": None})
     with pytest.raises(ValueError, match="detach"):
         distillm.drkl(logits, logits, no_model_batch)
+
+
+@pytest.mark.parametrize("function", [distillm.drkl, distillm.reverse_kl])
+def test_labels_are_not_shifted_twice(function):
+    logits, batch = torch.randn(1, 3, 5), {"label": torch.tensor([[1, 2, -100]])}
+    with pytest.raises(ValueError, match="shifted the labels already"):
+        function(logits, logits, batch, shift=True)

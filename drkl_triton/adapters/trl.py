@@ -1,10 +1,11 @@
 """For TRL (https://github.com/huggingface/trl): its ``generalized_jsd_loss`` with the reverse KL
-fused, and a trainer that minimises DRKL. Needs ``pip install 'drkl-triton[trl]'``; tested with the
-release that constraints.txt names.
+fused, and a trainer that minimises DRKL. Needs trl; tested with the release that constraints.txt
+names.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,11 @@ from ..algebra import RowMetrics
 
 try:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.models.utils import unwrap_model_for_generation
 except ImportError as error:
     raise ImportError(
         "drkl_triton.adapters.trl needs a TRL that has trl.experimental.gkd, and its dependencies "
-        f"({error}). Install them with: pip install 'drkl-triton[trl]'"
+        f"({error}). Install them with: pip install 'trl>=1.16'"
     ) from error
 
 __all__ = ["DRKLConfig", "DRKLTrainer", "generalized_jsd_loss"]
@@ -37,6 +39,25 @@ _LOGGED = (
     "student_target_prob",
     "teacher_target_prob",
 )
+# What the collators put into a batch that is no input of a model.
+_NOT_INPUTS = frozenset(
+    {"labels", "prompts", "prompt_attention_mask", "byte_offsets", "completion_mask"}
+)
+# Options of TRL's that this loss does not follow, what they must stay, and what to do.
+_IGNORED_OPTIONS = {
+    "loss_type": (("nll",), "DRKL is the loss; gamma and loss_temperature are its options"),
+    "label_smoothing_factor": ((0, 0.0), "DRKL has none; raise loss_temperature for softer rows"),
+    "use_liger_kernel": ((False,), "it would keep the logits from this loss; leave it out"),
+    "packing": (
+        (False,),
+        "this trainer does not prepare data; pass sequences that are packed already, and "
+        "data_collator=DataCollatorForLanguageModeling(pad_token_id, padding_free=True)",
+    ),
+    "padding_free": (
+        (False,),
+        "pass data_collator=DataCollatorForLanguageModeling(pad_token_id, padding_free=True)",
+    ),
+}
 
 
 def generalized_jsd_loss(
@@ -155,12 +176,17 @@ class DRKLTrainer(GKDTrainer):
     ``teacher_target_prob`` of :class:`drkl_triton.RowMetrics` (nats and probabilities), before them
     in evaluation what stands before ``loss``: ``eval_``, or ``eval_NAME_`` of several data sets.
 
-    With ``num_items_in_batch``, which the Trainer passes to models that accept it, the loss of a
-    micro-batch is its sum over that number, so gradient accumulation does not change the gradient.
-    Where that number counts the tokens of all processes, the loss is multiplied by their number,
-    because their gradients are averaged. The number is that of the data set's tokens: of
-    micro-batches that were generated (``lmbda``, ``seq_kd``) the mean is taken instead, over the
-    accumulation steps.
+    The loss of a micro-batch is its sum over the tokens that the whole step counts, on all
+    processes, so neither gradient accumulation nor the number of processes changes the gradient.
+    Answers that are generated (``lmbda``, ``seq_kd``) are generated before they are counted. Every
+    input of a batch reaches both models, which run without a cache: position_ids of packed
+    sequences, pixel values. A mixture of experts keeps TRL's auxiliary loss. Under ``bf16=True``
+    accelerate hands in float32 logits; docs/migrate.md says how to have them in 16 bits.
+
+    Raises:
+        TypeError: ``args`` is no :class:`DRKLConfig`.
+        ValueError: an option of TRL's that would be ignored; generated answers to inputs that
+            generation does not see; ``shift_labels``; prompt tuning.
     """
 
     _tag_names = ["trl", "gkd", "drkl"]
@@ -172,41 +198,91 @@ class DRKLTrainer(GKDTrainer):
                 f"DRKLTrainer needs args to be a DRKLConfig, got {type(config).__name__}. It takes "
                 "everything that GKDConfig takes, and gamma."
             )
+        for name, (allowed, advice) in _IGNORED_OPTIONS.items():
+            if (value := getattr(config, name, allowed[0])) not in allowed:
+                raise ValueError(
+                    f"{name} must be {allowed[0]!r} for DRKLTrainer, got {value!r}: {advice}"
+                )
         super().__init__(*args, **kwargs)
+        # The Trainer is to count num_items_in_batch, whatever the model accepts, and as this loss
+        # shifts the labels.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._sums: dict[str, Tensor] = {}  # of the metrics over tokens, and the tokens' number
-        self._generated = False  # whether the batch at hand was
 
-    def generate_on_policy_outputs(self, *args, **kwargs):
-        self._generated = True
-        return GKDTrainer.generate_on_policy_outputs(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches, generated where they are to be, and then counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._generated(batch) for batch in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _generated(self, batch):
+        if random.random() <= self.lmbda:
+            writer, options = self.model_wrapped, self.args.gradient_checkpointing_kwargs
+        elif self.seq_kd:
+            writer, options = self.teacher_model, None
+        else:
+            return batch
+        others = sorted(batch.keys() - _NOT_INPUTS - {"input_ids", "attention_mask"})
+        if others:
+            raise ValueError(
+                f"generated answers (lmbda={self.lmbda}, seq_kd={self.seq_kd}) are of prompts "
+                f"alone, got a batch with {', '.join(others)}; set lmbda=0 and seq_kd=False"
+            )
+        batch = self._prepare_inputs(batch)
+        with unwrap_model_for_generation(
+            writer,
+            self.accelerator,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=options,
+        ) as model:
+            ids, mask, labels = self.generate_on_policy_outputs(
+                model, batch, self.generation_config
+            )
+        return {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super(GKDTrainer, self).training_step(*args, **kwargs)  # generated already
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        tokens = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        outputs = model(**tokens)
+        if "shift_labels" in inputs:
+            raise ValueError(
+                "shift_labels is not supported, got a batch with it (context parallelism, or a "
+                "collator that shifts); pass labels as long as input_ids"
+            )
+        labels = inputs["labels"]
+        inputs = {key: value for key, value in inputs.items() if key not in _NOT_INPUTS}
+        # with a cache transformers drops the mask of packed sequences
+        inputs |= {"use_cache": False}
+        with_routers = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**inputs, **with_routers)
+        if outputs.logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"the student's logits must be one for each label, got {tuple(labels.shape)} "
+                f"labels and {tuple(outputs.logits.shape)} logits (prompt tuning adds positions); "
+                "use an adapter that adds none, such as LoRA"
+            )
         self.teacher_model.eval()
         with torch.no_grad():
-            teacher_logits = self.teacher_model(**tokens).logits
-        count = None if num_items_in_batch is None else _first(num_items_in_batch)
-        if generated := self._generated and count is not None:
-            count = None
-        self._generated = False
+            teacher_logits = self.teacher_model(**inputs).logits
         loss, metrics = functional.drkl(
             outputs.logits,
             teacher_logits,
-            inputs["labels"],
+            labels,
             gamma=self.args.gamma,
             temperature=self.args.loss_temperature,
-            num_items=count,
+            num_items=None if num_items_in_batch is None else _first(num_items_in_batch),
             shift=True,
             return_metrics=True,
         )
-        if generated:  # the Trainer, which passed num_items_in_batch, does not divide
-            loss = loss / self.current_gradient_accumulation_steps
-        elif count is not None and self.args.average_tokens_across_devices:
+        counted = num_items_in_batch is not None
+        if counted and self.args.average_tokens_across_devices:
             # several GPUs in one process share the loss of the whole batch
             if self.args.n_gpu <= 1:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._add(metrics, (inputs["labels"][..., 1:] != -100).sum())
+        if self.aux_loss_enabled:  # a mean of the micro-batch, which the Trainer does not divide
+            steps = self.current_gradient_accumulation_steps if counted else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        self._add(metrics, (labels[..., 1:] != -100).sum())
         return (loss, outputs) if return_outputs else loss
 
     def _add(self, metrics: RowMetrics, count: Tensor) -> None:
