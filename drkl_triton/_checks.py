@@ -157,8 +157,9 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
         if weight.numel() == 0 and weight.layout == torch.strided:
             raise ValueError(
                 f"{name} has no elements, got shape {tuple(weight.shape)}; pass [V, H]. If ZeRO-3 "
-                "or FSDP has partitioned it, compute the loss in the forward of the module that "
-                "owns it, which has it whole, in backward, too (README: several processes)"
+                "or FSDP has partitioned it, compute the loss in the forward of the module that is "
+                "wrapped (README: several processes); where ZeRO-3 does not gather it there, see "
+                "deepspeed.zero.register_external_parameter(module, weight)"
             )
         if hasattr(weight, "device_mesh"):
             # full_tensor() alone takes the gradient of one process for that of all

@@ -12,6 +12,7 @@ import contextlib
 import sys
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import slices, tiled
 from ._layout import rows_of
@@ -252,12 +253,15 @@ def _(
 
 
 def count_flops():
-    """Make FlopCounterMode count ``linear``, where its module, which imports Triton, is loaded. A
-    mode that was made before knows nothing of it.
-    """
-    counter, op = sys.modules.get("torch.utils.flop_counter"), getattr(torch.ops, NAMESPACE).linear
-    if counter is not None and op not in counter.flop_registry:
-        counter.register_flop_formula(op, get_raw=True)(_linear_flops)
+    """Make FlopCounterMode count ``linear``, where its module, which imports Triton, is loaded."""
+    module, op = sys.modules.get("torch.utils.flop_counter"), getattr(torch.ops, NAMESPACE).linear
+    if module is None:
+        return
+    if op not in module.flop_registry:
+        module.register_flop_formula(op, get_raw=True)(_linear_flops)
+    for mode in _get_current_dispatch_mode_stack():  # one made before has a copy of the registry
+        if registry := getattr(getattr(mode, "counter", None), "flop_registry", None):
+            registry.setdefault(op, _linear_flops)
 
 
 def _linear_flops(*args, out_val=None, **kwargs):

@@ -216,15 +216,24 @@ import os, sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from drkl_triton import linear_drkl
+from drkl_triton import drkl, linear_drkl
 
 dist.init_process_group("gloo")
 rank, V, H = dist.get_rank(), 24, 8
 torch.manual_seed(0)
 ids, labels = torch.randint(V, (4, 6)), torch.randint(V, (4, 6))
 teacher_hidden, teacher_weight = torch.randn(4, 6, H), torch.randn(V, H)
+
+def must_advise(words, call):
+    try:
+        call()
+    except TypeError as error:
+        if words not in str(error):
+            raise
+    else:
+        raise SystemExit(f"no error that advises {words}")
 
 class Student(torch.nn.Module):
     def __init__(self):
@@ -237,8 +246,12 @@ class Distil(torch.nn.Module):
         super().__init__()
         self.student = Student()
     def forward(self, ids, labels, teacher_hidden):
-        hidden = self.student.body(ids)
-        return linear_drkl(hidden, self.student.head.weight, labels, shift=True,
+        hidden, weight = self.student.body(ids), self.student.head.weight
+        if hasattr(weight, "device_mesh"):  # a group of its own, against README: as the error says
+            must_advise('[Partial("avg")]', lambda: linear_drkl(hidden, weight, labels,
+                        teacher_hidden=teacher_hidden, teacher_weight=teacher_weight))
+            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+        return linear_drkl(hidden, weight, labels, shift=True,
                            teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
 
 def gradients(module):
@@ -258,20 +271,47 @@ fully_shard(two)
 two(*mine).backward()
 ways["fully_shard"] = gradients(two)
 
-mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
 two = Distil()
-head = torch.nn.Parameter(distribute_tensor(two.student.head.weight.detach(), mesh, [Shard(0)]))
-given = dict(teacher_hidden=mine[2], teacher_weight=teacher_weight, shift=True)
-try:
-    linear_drkl(two.student.body(mine[0]), head, mine[1], **given)
-except TypeError as error:
-    if "full_tensor(grad_placements=[Partial" not in str(error):
-        raise
-whole = head.full_tensor(grad_placements=[Partial("avg")] * head.device_mesh.ndim)
-linear_drkl(two.student.body(mine[0]), whole, mine[1], **given).backward()
-body = two.student.body.weight.grad
-dist.all_reduce(body)
-ways["full_tensor"] = [body / 2, head.grad.full_tensor()]
+fully_shard(two.student.head)
+fully_shard(two)
+two(*mine).backward()
+ways["fully_shard of the head alone"] = gradients(two)
+
+def of_dtensor_head(mesh, sharded, batch, average, placement):
+    # the head alone is a DTensor: what the error advises
+    body, head = Student().body, Student().head.weight.detach()
+    head = torch.nn.Parameter(distribute_tensor(head, mesh, sharded))
+    ids, labels, hidden = batch
+    given = dict(teacher_hidden=hidden, teacher_weight=teacher_weight, shift=True)
+    words = 'full_tensor(grad_placements=[Partial("avg")]' if average else "[Replicate()]"
+    must_advise(words, lambda: linear_drkl(body(ids), head, labels, **given))
+    whole = head.full_tensor(grad_placements=[placement] * mesh.ndim)
+    linear_drkl(body(ids), whole, labels, **given).backward()
+    if average:
+        dist.all_reduce(body.weight.grad)
+        body.weight.grad /= 2
+    return [body.weight.grad, head.grad.full_tensor()]
+
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+hybrid = dist.device_mesh.init_device_mesh("cpu", (1, 2))
+everything = ids, labels, teacher_hidden
+ways["FSDP2"] = of_dtensor_head(mesh, [Shard(0)], mine, True, Partial("avg"))
+ways["hybrid"] = of_dtensor_head(hybrid, [Replicate(), Shard(0)], mine, True, Partial("avg"))
+ways["TP"] = of_dtensor_head(mesh, [Shard(0)], everything, False, Replicate())
+
+# logits: of rows of one's own, and of a vocabulary in parts
+rows, mine_alone = torch.randn(4, 6, V), slice(2 * rank, 2 * rank + 2)
+logits = rows.clone().requires_grad_()
+teacher = teacher_hidden @ teacher_weight.T
+drkl(logits, teacher, labels).backward()
+right = {"to_local": 2 * logits.grad[mine_alone], "full_tensor": logits.grad}
+for way, placement in ("to_local", Shard(0)), ("full_tensor", Shard(2)):
+    leaf = distribute_tensor(rows, mesh, [placement]).requires_grad_()
+    must_advise(way + "()", lambda: drkl(leaf, teacher, labels))
+    mine_only = mine_alone if way == "to_local" else slice(None)
+    drkl(getattr(leaf, way)(), teacher[mine_only], labels[mine_only]).backward()
+    found = leaf.grad.to_local() if way == "to_local" else leaf.grad.full_tensor()
+    torch.testing.assert_close(found, right[way], rtol=1e-4, atol=1e-6)
 
 for way, found in ways.items():
     for ours, right in zip(found, gradients(one), strict=True):
