@@ -4,7 +4,7 @@ README.md.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 from . import _checks, _reduction, backends
 from .algebra import RowMetrics
 from .autograd import DivergenceFunction, SoftmaxFunction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import DRKLOptions, Options
 
 __all__ = ["drkl", "log_softmax", "reverse_kl", "softmax"]
 
@@ -64,6 +69,24 @@ def _softmax(logits: Tensor, temperature: float | Tensor, backend: str, log: boo
     return SoftmaxFunction.apply(logits, inv_temperature, log, backend)
 
 
+@overload
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, RowMetrics]: ...
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -79,7 +102,7 @@ def reverse_kl(
     support: str = "full",
     backend: str = "auto",
     return_metrics: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, RowMetrics]:
     r"""Reverse Kullback-Leibler divergence ``KL(q || p)`` of the student's ``q`` from the teacher's
     ``p``, per token.
 
@@ -148,6 +171,24 @@ def reverse_kl(
     )
 
 
+@overload
+def drkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[DRKLOptions],
+) -> Tensor: ...
+@overload
+def drkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[DRKLOptions],
+) -> tuple[Tensor, RowMetrics]: ...
 def drkl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -164,7 +205,7 @@ def drkl(
     support: str = "full",
     backend: str = "auto",
     return_metrics: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, RowMetrics]:
     r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant,
     per token.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,9 +11,32 @@ from . import _checks, _reduction, backends
 from .algebra import RowMetrics
 from .autograd import LinearFunction, LinearMeanFunction, LinearNumbers
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import LinearDRKLOptions, LinearOptions
+
 __all__ = ["linear_drkl", "linear_reverse_kl"]
 
 
+@overload
+def linear_reverse_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_reverse_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, RowMetrics]: ...
 def linear_reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -40,7 +63,7 @@ def linear_reverse_kl(
     support: str = "full",
     backend: str = "auto",
     return_metrics: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, RowMetrics]:
     r"""Reverse Kullback-Leibler divergence, as :func:`drkl_triton.reverse_kl`, from the last hidden
     states and the output matrices of both models; the logits exist a slice at a time.
 
@@ -111,6 +134,24 @@ def linear_reverse_kl(
     )
 
 
+@overload
+def linear_drkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearDRKLOptions],
+) -> Tensor: ...
+@overload
+def linear_drkl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearDRKLOptions],
+) -> tuple[Tensor, RowMetrics]: ...
 def linear_drkl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -138,7 +179,7 @@ def linear_drkl(
     support: str = "full",
     backend: str = "auto",
     return_metrics: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, RowMetrics]:
     """Diversity-aware reverse KL, as :func:`drkl_triton.drkl`, from the last hidden states and the
     output matrices of both models; the logits exist a slice at a time.
 

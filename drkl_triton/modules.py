@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _checks
+from .algebra import RowMetrics
 from .functional import drkl, reverse_kl
 from .linear import linear_drkl, linear_reverse_kl
 
@@ -67,7 +68,7 @@ class ReverseKLLoss(_Options):
         *,
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, RowMetrics]:
         return reverse_kl(
             student_logits,
             teacher_logits,
@@ -96,7 +97,7 @@ class DRKLLoss(ReverseKLLoss):
         *,
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, RowMetrics]:
         return drkl(
             student_logits,
             teacher_logits,
@@ -158,7 +159,7 @@ class LinearReverseKLLoss(_Options):
         teacher_bias: Tensor | None = None,
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, RowMetrics]:
         return self._function(
             student_hidden,
             student_weight,
