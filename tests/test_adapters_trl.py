@@ -246,6 +246,9 @@ def test_tokens_are_counted_after_they_are_generated(tokenizer, tmp_path):
         assert batch["labels"] is not before["labels"]
     with pytest.raises(ValueError, match="pixel_values; set lmbda=0"):
         trainer.get_batch_samples(iter([{**given[0], "pixel_values": 0}]), 1, torch.device("cpu"))
+    del given[0]["prompts"]  # of a collator that is not TRL's
+    with pytest.raises(ValueError, match="prompts.*lmbda=0 and seq_kd=False"):
+        trainer.get_batch_samples(iter(given), 1, torch.device("cpu"))
 
 
 def test_packed_sequences_do_not_see_each_other(tokenizer, tmp_path):
@@ -270,7 +273,10 @@ def test_pixel_values_reach_both_models(tokenizer, tmp_path, monkeypatch):
 
         monkeypatch.setattr(model, "forward", spy)
     more = {"pixel_values": torch.ones(2), "token_type_ids": torch.zeros_like(batch["input_ids"])}
-    trainer.compute_loss(trainer.model, {**batch, **more})
+    # of TRL's collators and trainers, for neither model
+    not_inputs = {"original_prompt_text": ["a"], "original_completion_text": ["b"]}
+    not_inputs |= {"skip_logits": True, "prompts": batch["prompts"]}
+    trainer.compute_loss(trainer.model, {**batch, **more, **not_inputs})
     assert len(seen) == 2
     for pixels, types, others in seen:
         assert pixels is more["pixel_values"] and types is more["token_type_ids"]
@@ -305,13 +311,47 @@ def test_a_mixture_of_experts_keeps_its_load_balanced(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"packing": True}, {"padding_free": 1}],
+    [
+        {"loss_type": "dft"},
+        {"label_smoothing_factor": 0.1},
+        {"packing": True},
+        {"padding_free": 1},
+        {"use_liger_kernel": True},
+        {"eval_packing": True},
+        {"completion_only_loss": False},
+        {"assistant_only_loss": True},
+        {"pad_to_multiple_of": 8},
+    ],
     ids=str,
 )
 def test_options_that_would_be_ignored_are_errors(option, tokenizer, tmp_path):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name} must be .* for DRKLTrainer, got"):
         make(adapter.DRKLTrainer, config(tmp_path, **option), "llama", tokenizer)
+
+
+def test_a_formatting_function_would_be_ignored(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="formatting_func.*Dataset.map"):
+        make(adapter.DRKLTrainer, config(tmp_path), "llama", tokenizer, formatting_func=str)
+
+
+def test_the_advice_for_packing_trains_as_padding_does(tokenizer, tmp_path):
+    from datasets import Dataset
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows = [tokenizer(text)["input_ids"] for text in hf.SENTENCES]
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    losses = []
+    for padding_free in (True, False):
+        collator = DataCollatorForLanguageModeling(
+            tokenizer.pad_token_id, padding_free=padding_free
+        )
+        _, log = train(
+            adapter.DRKLTrainer, config(tmp_path, max_steps=2), "llama", tokenizer, data,
+            data_collator=collator,
+        )  # fmt: skip
+        losses.append([entry["loss"] for entry in log])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
 
 
 def test_labels_that_do_not_fit_are_errors(tokenizer, tmp_path, monkeypatch):
