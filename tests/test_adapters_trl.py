@@ -284,13 +284,7 @@ def test_pixel_values_reach_both_models(tokenizer, tmp_path, monkeypatch):
 
 
 def test_a_mixture_of_experts_keeps_its_load_balanced(tokenizer, tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = dict(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, pad_token_id=0,
-    )  # fmt: skip
-    models = [MixtralForCausalLM(MixtralConfig(**sizes)) for _ in range(2)]
+    models = [hf.experts(len(tokenizer)) for _ in range(2)]
     trainer = adapter.DRKLTrainer(
         model=models[0], teacher_model=models[1], args=config(tmp_path, router_aux_loss_coef=0.7),
         train_dataset=hf.conversations(), processing_class=tokenizer,

@@ -120,6 +120,23 @@ def test_packed_sequences_do_not_see_each_other(tmp_path):
         for x in (batch, *alone)
     )
     torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
+    assert trainer.teacher.config.use_cache  # the caller's model is left as it was
+    with pytest.raises(ValueError, match="shift_labels"):
+        trainer.compute_loss(trainer.model, {**batch, "shift_labels": batch["labels"]})
+
+
+def test_a_mixture_of_experts_keeps_its_load_balanced(tmp_path):
+    student = hf.experts(VOCAB, output_router_logits=True, router_aux_loss_coef=0.7)
+    *_, trainer = run(tmp_path, 8, 1, student)
+    batch = {k: torch.stack([row[k] for row in sequences(4)]) for k in sequences(1)[0]}
+    count = (batch["labels"] != -100).sum()
+    trainer.current_gradient_accumulation_steps = 4
+    for num_items, steps in ((count, 4), (None, 1)):
+        loss, outputs = trainer.compute_loss(student, dict(batch), True, num_items)
+        with torch.no_grad():
+            teacher = trainer.teacher(input_ids=batch["input_ids"]).logits
+        alone = drkl(outputs.logits, teacher, batch["labels"], shift=True, num_items=num_items)
+        torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss / steps)
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16=True", "models in bfloat16"])
@@ -144,4 +161,4 @@ def test_the_logits_dtype(bf16, tmp_path, monkeypatch):
 
 def test_it_is_as_short_as_it_says():
     code = (EXAMPLES / "distillation_trainer.py").read_text().split('"""', 2)[2]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 43
+    assert len([line for line in code.splitlines() if line.strip()]) <= 50
