@@ -24,7 +24,8 @@ class DistillationTrainer(Trainer):
         config = getattr(self.model, "config", None)
         # With a cache, transformers lets packed sequences see each other: neither model has one.
         self.options = {} if config is None else {"use_cache": False}
-        self.aux_weight = getattr(config, "router_aux_loss_coef", 0.0)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.aux_weight = getattr(text, "router_aux_loss_coef", 0.0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "shift_labels" in inputs:
@@ -42,9 +43,8 @@ class DistillationTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         if getattr(outputs, "aux_loss", None) is not None:  # experts, config.output_router_logits
-            steps = (
-                self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            )
+            divide = model.training and num_items_in_batch is not None  # the Trainer does not
+            steps = self.current_gradient_accumulation_steps if divide else 1
             loss = loss + self.aux_weight * outputs.aux_loss / steps
         tokens = (labels[:, 1:] != -100).sum()
         sums = torch.stack([*(getattr(metrics, name).sum() for name in LOGGED), tokens])

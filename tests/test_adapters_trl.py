@@ -251,6 +251,17 @@ def test_tokens_are_counted_after_they_are_generated(tokenizer, tmp_path):
         trainer.get_batch_samples(iter(given), 1, torch.device("cpu"))
 
 
+def test_tokens_are_counted_for_a_model_without_loss_keywords(tokenizer, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    trainer = make(adapter.DRKLTrainer, config(tmp_path), "llama", tokenizer)
+    batches, count = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), 2, torch.device("cpu")
+    )
+    assert count == sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+
+
 def test_packed_sequences_do_not_see_each_other(tokenizer, tmp_path):
     """No attention_mask, but position_ids that begin anew: what a padding-free collator makes."""
     trainer = make(adapter.DRKLTrainer, config(tmp_path), "llama", tokenizer)
@@ -297,10 +308,13 @@ def test_a_mixture_of_experts_keeps_its_load_balanced(tokenizer, tmp_path):
     alone = drkl_triton.drkl(outputs.logits, teacher, batch["labels"], shift=True)
     torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss)
     trainer.current_gradient_accumulation_steps = 4
-    loss = trainer.compute_loss(
-        trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum()
-    )
+    trainer.model.train()
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
     torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss / 4, rtol=1e-4, atol=1e-5)
+    trainer.model.eval()  # nothing is accumulated
+    loss, outputs = trainer.compute_loss(trainer.model, batch, True, count)
+    torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

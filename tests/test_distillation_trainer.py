@@ -131,7 +131,8 @@ def test_a_mixture_of_experts_keeps_its_load_balanced(tmp_path):
     batch = {k: torch.stack([row[k] for row in sequences(4)]) for k in sequences(1)[0]}
     count = (batch["labels"] != -100).sum()
     trainer.current_gradient_accumulation_steps = 4
-    for num_items, steps in ((count, 4), (None, 1)):
+    for training, num_items, steps in ((True, count, 4), (False, count, 1), (True, None, 1)):
+        student.train(training)
         loss, outputs = trainer.compute_loss(student, dict(batch), True, num_items)
         with torch.no_grad():
             teacher = trainer.teacher(input_ids=batch["input_ids"]).logits

@@ -291,8 +291,10 @@ class DRKLTrainer(GKDTrainer):
             # several GPUs in one process share the loss of the whole batch
             if self.args.n_gpu <= 1:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:  # a mean of the micro-batch, which the Trainer does not divide
-            steps = self.current_gradient_accumulation_steps if counted else 1
+        if self.aux_loss_enabled:
+            # a mean of the micro-batch; in training the Trainer does not divide what was counted
+            divide = counted and self.model.training
+            steps = self.current_gradient_accumulation_steps if divide else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add(metrics, (labels[..., 1:] != -100).sum())
         return (loss, outputs) if return_outputs else loss
