@@ -114,12 +114,17 @@ def test_what_it_logs(tmp_path):
 def test_packed_sequences_do_not_see_each_other(tmp_path):
     _, _, trainer = run(tmp_path, 8, 1)
     batch, alone = hf.packed(3, VOCAB)
+    seen = []
+    for model in (trainer.model, trainer.teacher):
+        model.register_forward_pre_hook(lambda _, __, x: seen.append({*x}), with_kwargs=True)
     count = (batch["labels"] != -100).sum()
     whole, *parts = (
         trainer.compute_loss(trainer.model, {**x, "skip_logits": False}, num_items_in_batch=count)
         for x in (batch, *alone)
     )
     torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
+    # skip_logits is for Liger's forward, which then has none
+    assert seen == [{"input_ids", "position_ids", "use_cache"}] * 8
     assert trainer.teacher.config.use_cache  # the caller's model is left as it was
     with pytest.raises(ValueError, match="shift_labels"):
         trainer.compute_loss(trainer.model, {**batch, "shift_labels": batch["labels"]})
