@@ -2,12 +2,18 @@
 tensor.
 """
 
-from . import reference
-from ._version import __version__
-from .algebra import RowMetrics
-from .functional import drkl, log_softmax, reverse_kl, softmax
-from .linear import linear_drkl, linear_reverse_kl
-from .modules import DRKLLoss, LinearDRKLLoss, LinearReverseKLLoss, ReverseKLLoss
+import os
+
+_root = os.path.dirname(__path__[0])
+if not os.path.exists(os.path.join(__path__[0], "kernels")):  # a clone, where they lie beside it
+    __path__.append(_root)
+
+from . import reference  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .algebra import RowMetrics  # noqa: E402
+from .functional import drkl, log_softmax, reverse_kl, softmax  # noqa: E402
+from .linear import linear_drkl, linear_reverse_kl  # noqa: E402
+from .modules import DRKLLoss, LinearDRKLLoss, LinearReverseKLLoss, ReverseKLLoss  # noqa: E402
 
 __all__ = [
     "DRKLLoss",

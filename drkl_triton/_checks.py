@@ -57,8 +57,9 @@ def _plain_tensor(name: str, x: Tensor) -> None:
     dense(name, x)
     if hasattr(x, "device_mesh"):
         raise TypeError(
-            f"{name} is a DTensor, got placements {x.placements}; pass its full_tensor() or the "
-            "local rows of it"
+            f"{name} is a DTensor, got placements {x.placements}; pass its to_local() where each "
+            "process has whole rows of its own, or its full_tensor() where all processes compute "
+            "the loss of the same rows (tensor parallelism)"
         )
 
 
@@ -93,6 +94,14 @@ def detached(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name} requires grad, but gradients flow to the student alone; "
             f"compute the teacher under {other} or pass {name}.detach()"
+        )
+
+
+def no_gradient(name: str, x: Tensor) -> None:
+    """gamma, temperature, num_items, weight."""
+    if x.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the loss has no gradient for it; pass {name}.detach()"
         )
 
 
@@ -148,9 +157,16 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
         if weight.numel() == 0 and weight.layout == torch.strided:
             raise ValueError(
                 f"{name} has no elements, got shape {tuple(weight.shape)}; pass [V, H]. If ZeRO-3 "
-                "or FSDP has partitioned it, gather it first: call the loss inside deepspeed.zero."
-                "GatheredParameters([weight], ...), or inside the forward of the module that owns "
-                "it"
+                "or FSDP has partitioned it, compute the loss in the forward of the module that "
+                "owns it, which has it whole, in backward, too (README: several processes)"
+            )
+        if hasattr(weight, "device_mesh"):
+            # full_tensor() alone takes the gradient of one process for that of all
+            raise TypeError(
+                f"{name} is a DTensor, got placements {weight.placements}; compute the loss in the "
+                "forward of the module that fully_shard wraps, which has it whole, or pass "
+                'weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim); '
+                "under tensor parallelism, where all processes have the same tokens, [Replicate()]"
             )
         if weight.dtype not in FLOATS or weight.is_quantized:
             raise TypeError(
@@ -158,11 +174,12 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
                 f"({type(weight).__name__}); dequantise a quantised matrix first, convert another, "
                 "or pass teacher_logits if it is the teacher's"
             )
-        if not hasattr(weight, "device_mesh") and _is_wrapper(weight):
+        if hasattr(type(weight), "__tensor_flatten__"):  # stands for other tensors
+            advice = "pass the plain tensor that it stands for"
+            if type(weight).dequantize is not Tensor.dequantize:
+                advice = "a quantised matrix must be made dense first, with .dequantize()"
             raise TypeError(
-                f"{name} must be a plain tensor [V, H], got {type(weight).__name__}; a quantised "
-                "or otherwise wrapped matrix must be made dense first, with .dequantize() for "
-                "example"
+                f"{name} must be a plain tensor [V, H], got {type(weight).__name__}; {advice}"
             )
     _floats(name, weight, "[V, H]", "pass the output layer's .weight")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -183,11 +200,6 @@ def _module_message(name: str, module: torch.nn.Module) -> str:
             ".base_layer.weight plus its update, which keeps the adapter's gradients"
         )
     return got + "pass its .weight (and its .bias, if it has one)"
-
-
-def _is_wrapper(x: Tensor) -> bool:
-    """A subclass that stands for other tensors: torchao's quantised ones, for example."""
-    return hasattr(type(x), "__tensor_flatten__")
 
 
 def autocasting(device: str) -> bool:
@@ -344,6 +356,7 @@ def rows(labels: Tensor | None, weight: Tensor | None, shift: bool, student: Ten
         row_tensor("labels", labels, student, of, dtypes, "int64 (or int32)", hint)
     if weight is not None:
         row_tensor("weight", weight, student, of, None, "real numbers", "convert it with .to()")
+        no_gradient("weight", weight)
     if shift:
         shift_shape(student, of)
 
@@ -373,6 +386,7 @@ def _number(name: str, value, expected: str, hint: str) -> None:
     if isinstance(value, Tensor):
         if not torch.compiler.is_compiling():
             _plain_tensor(name, value)
+        no_gradient(name, value)
         if value.dim() != 0 or value.is_complex():
             raise ValueError(
                 f"{name} must be {expected}, got a {value.dtype} tensor of shape "

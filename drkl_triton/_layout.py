@@ -34,6 +34,8 @@ def rows_of(tensor: torch.Tensor) -> Rows:
 def rows_in_place(tensor: torch.Tensor) -> Rows | None:
     """``tensor`` as Rows if that takes no copy."""
     leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])
+    if tensor.numel() == 0:  # contiguous, whatever its strides
+        return Rows(tensor, 1, (0, 0))
     if len(leading) > 2 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         return None
     (_, outer), (inner, stride) = [(1, 0), (1, 0), *leading][-2:]

@@ -44,8 +44,8 @@ class RowMetrics(NamedTuple):
     """Per-token diagnostics of a loss: detached, unweighted, at the loss's temperature, in nats.
 
     Every field has the leading shape ``[...]`` of the logits and dtype float32 (float64 where
-    either side of the loss is float64). Rows that are ignored hold 0. Without labels there is no
-    target, and the fields marked * are None.
+    either side of the loss is float64). Rows that are ignored hold 0: for means take ``mean()``.
+    Without labels there is no target, and the fields marked * are None.
     """
 
     loss: Tensor  #: the loss itself, before weight and reduction
@@ -56,13 +56,23 @@ class RowMetrics(NamedTuple):
     student_target_prob: Tensor | None  #: * q_y
     teacher_target_prob: Tensor | None  #: * p_y
     student_entropy: Tensor  #: -sum q log q
+    counted: Tensor  #: bool: the row is not ignored; of :meth:`mean` the number of such rows
 
     @classmethod
-    def of(cls, *fields: Tensor, shape: torch.Size) -> RowMetrics:
-        """From what :func:`losses` returns, [N] each."""
-        loss, *rest = (x.detach().view(shape) for x in fields)
+    def of(cls, *fields: Tensor, codes: Tensor) -> RowMetrics:
+        """From what :func:`losses` returns, [N] each, and the rows' labels [...]."""
+        loss, *rest = (x.detach().view(codes.shape) for x in fields)
         loss = loss.clone()  # the caller may write into the loss, which is these numbers
-        return cls(loss, *[None] * (5 - len(rest)), *rest)
+        return cls(loss, *[None] * (5 - len(rest)), *rest, codes != IGNORED)
+
+    def mean(self) -> RowMetrics:
+        """Means over the rows that count, 0-dim; 0 without one. On each process its own: to mean
+        over several, add up sums and ``counted``.
+        """
+        *fields, counted = self
+        count = counted.sum()
+        divisor = count.clamp_min(1)
+        return RowMetrics(*(None if x is None else x.sum() / divisor for x in fields), count)
 
 
 class _Row(NamedTuple):

@@ -241,4 +241,4 @@ def _divergence(
     shape = student.shape[:-1]
     weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, rows.dtype)
     loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)
-    return (loss, RowMetrics.of(rows, *fields, shape=shape)) if metrics else loss
+    return (loss, RowMetrics.of(rows, *fields, codes=codes)) if metrics else loss

@@ -175,6 +175,8 @@ def _linear(
     """Both losses; gamma None: reverse KL. student, teacher: (hidden, weight, bias, scale,
     softcap).
     """
+    if not torch.compiler.is_compiling():
+        backends.count_flops()
     _checks.linear_options(chunk_bytes=chunk_bytes, recompute=recompute)
     _checks.divergence_options(num_items=num_items, **options)
     reduction, shift, metrics = options["reduction"], options["shift"], options["return_metrics"]
@@ -220,7 +222,7 @@ def _linear(
         loss, rows, *fields = LinearMeanFunction.apply(
             numbers, *tensors, weights, denominator, upstream
         )
-    return (loss, RowMetrics.of(rows, *fields, shape=shape)) if metrics else loss
+    return (loss, RowMetrics.of(rows, *fields, codes=codes)) if metrics else loss
 
 
 def _head(hidden, weight, bias, scale, softcap, dtype, device):

@@ -229,7 +229,7 @@ def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, la
         return torch.where(ignored, 0.0, torch.where(unknown, float("nan"), x))
 
     if not labelled:
-        return RowMetrics(loss.detach(), None, None, None, None, clean(entropy, is_nan))
+        return RowMetrics(loss.detach(), *[None] * 4, clean(entropy, is_nan), ~ignored)
     y = torch.where(has_label, y, 0)
     target, nontarget, u = split(s, t, y, temperature)
     _, _, v = split(t, t, y, temperature)
@@ -242,4 +242,5 @@ def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, la
         v.sigmoid(),
     )
     unknown = is_nan | ~has_label
-    return RowMetrics(loss.detach(), *(clean(x, unknown) for x in fields), clean(entropy, is_nan))
+    fields = [*(clean(x, unknown) for x in fields), clean(entropy, is_nan)]
+    return RowMetrics(loss.detach(), *fields, ~ignored)

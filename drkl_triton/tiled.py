@@ -385,11 +385,12 @@ def softmax_forward(
         tops = [x.amax(1, keepdim=True) for x in tiles]
         m = torch.cat(tops, 1).amax(1, keepdim=True).to(acc).clamp_min_(floor)
         d = sum(_exponent(x, m, scale, scratch).exp2_().sum(1, keepdim=True) for x in tiles)
-        log2d = d.log2()
+        log_d = d.log()
         for x, (c, e) in zip(tiles, scratch.spans, strict=True):
-            p = _exponent(x, m, scale, scratch).sub_(log2d)
-            _put(y, rows, c, e, p.mul_(1 / LOG2E) if log else p.exp2_())
-        state[0, rows], state[1, rows] = m[:, 0], log2d[:, 0]
+            z = _minus(x, m, scratch.tiles(*x.shape)[0])
+            z = z.mul_(inv_temperature).sub_(log_d) if log else z.mul_(scale).exp2_().div_(d)
+            _put(y, rows, c, e, z)
+        state[0, rows], state[1, rows] = m[:, 0], d[:, 0]
 
     _spread((logits,), N, V, acc, work, 1)
     return y, state
@@ -406,12 +407,12 @@ def softmax_backward(
     """The gradient [N, V] in the logits' dtype (kernels/softmax.py)."""
     V, N, device = logits.tensor.shape[-1], state.shape[-1], state.device
     dx = new_output((N, V), logits.tensor.dtype, device)
-    m, log2d = state[:, :, None]
+    m, d = state[:, :, None]
     scale = inv_temperature * LOG2E
 
     def probability(rows, c, e, scratch):
         x = _exponent(_tile(logits, rows, c, e), m[rows], scale, scratch)
-        return x.sub_(log2d[rows]).exp2_()
+        return x.exp2_().div_(d[rows])
 
     def work(rows, scratch):
         dot = torch.zeros_like(m[rows])

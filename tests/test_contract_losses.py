@@ -572,7 +572,8 @@ def test_metrics(loss, truth, name):
     value, metrics = loss(s.requires_grad_(), t, y, **options)
     close(metrics, truth(s, t, y, **options)[1])
     assert isinstance(metrics, RowMetrics) and metrics._fields == FIELDS
-    assert FIELDS == ("loss", *TARGET_FIELDS, "student_entropy")
+    assert FIELDS == ("loss", *TARGET_FIELDS, "student_entropy", "counted")
+    assert torch.equal(metrics.counted, weight != 0)
     assert value.requires_grad and not any(x is not None and x.requires_grad for x in metrics)
     # unweighted, except that weight 0 ignores the row
     rows = loss(s, t, y, temperature=1.7, reduction="none").detach()
@@ -580,6 +581,22 @@ def test_metrics(loss, truth, name):
     if name == "rkl-without-labels":
         assert [f for f in FIELDS if getattr(metrics, f) is None] == list(TARGET_FIELDS)
     same(value, loss(s, t, y, temperature=1.7, weight=weight))
+
+
+def test_means_of_metrics_are_over_the_rows_that_count(loss, name):
+    s, t, y = data(6)
+    y[[1, 4]] = -100
+    if name == "rkl-without-labels":
+        weight = (y != -100).double()
+        value, metrics = loss(s, t, y, weight=weight, return_metrics=True)
+    else:
+        value, metrics = loss(s, t, y, return_metrics=True)
+    mean = metrics.mean()
+    close(mean.loss, value)
+    assert mean.counted == 4 and metrics.loss.mean() < 0.7 * value
+    assert (mean.target_kl is None) == (name == "rkl-without-labels")
+    _, nothing = loss(s, t, y * 0 - 100, weight=torch.zeros(6), return_metrics=True)
+    assert nothing.mean().loss == 0 and nothing.mean().counted == 0
 
 
 @labelled
@@ -724,3 +741,24 @@ def test_temperature_divides_both_logits_and_nothing_else(loss):
     close(grad, expected_grad / 2)
     for function in (softmax, log_softmax):
         close(function(s, temperature=2.0), function(s / 2))
+
+
+@pytest.mark.parametrize("V, spread", [(50, 0.1), (1000, 3.0), (30000, 0.1), (1000, 10.0)])
+@pytest.mark.parametrize("log", [False, True])
+def test_softmax_is_as_precise_as_torchs(V, spread, log, backend):
+    """Mean relative error in float32. Ours rounds x log2(e), too, which costs a factor of 1.5."""
+    x = torch.randn(8, V) * spread
+    ours, theirs = (log_softmax, torch.log_softmax) if log else (softmax, torch.softmax)
+    truth = theirs(x.double(), -1)
+    error, allowed = (
+        ((y - truth) / truth).abs().mean() for y in (ours(x, backend=backend), theirs(x, -1))
+    )
+    assert error < 1.6 * allowed
+
+
+def test_softmax_of_nothing(backend):
+    for x in (torch.empty(0, 8)[:, ::2], torch.empty(0, 8), torch.empty(3, 0, 8)[..., ::2]):
+        x.requires_grad_()
+        for function in (softmax, log_softmax):
+            function(x, backend=backend).sum().backward()
+        assert x.grad.shape == x.shape

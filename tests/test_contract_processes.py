@@ -5,8 +5,12 @@ import subprocess
 import sys
 import textwrap
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
+
+import drkl_triton
 
 PRELUDE = """
 import re, torch, drkl_triton
@@ -189,3 +193,102 @@ if late or torch.cuda.is_initialized():
 if {name for name in sys.modules if name.startswith("triton")} - before:
     raise SystemExit("imported triton")
 """)
+
+
+def test_python_in_the_root_of_a_clone_finds_the_kernels(tmp_path):
+    """After pip install ., drkl_triton/ of the clone comes first, and kernels/ lies beside it."""
+    root = Path(drkl_triton.__file__).parents[1]
+    code = f"""
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in str(f)]
+sys.path.insert(0, {str(root)!r})
+import drkl_triton
+from drkl_triton import kernels
+print(kernels.__file__)
+"""
+    run(code, TRITON_INTERPRET="1")
+
+
+# --- several processes: what the errors and README advise, against one process ---
+
+RANK = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from drkl_triton import linear_drkl
+
+dist.init_process_group("gloo")
+rank, V, H = dist.get_rank(), 24, 8
+torch.manual_seed(0)
+ids, labels = torch.randint(V, (4, 6)), torch.randint(V, (4, 6))
+teacher_hidden, teacher_weight = torch.randn(4, 6, H), torch.randn(V, H)
+
+class Student(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.head = torch.nn.Embedding(V, H), torch.nn.Linear(H, V, bias=False)
+
+class Distil(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student = Student()
+    def forward(self, ids, labels, teacher_hidden):
+        hidden = self.student.body(ids)
+        return linear_drkl(hidden, self.student.head.weight, labels, shift=True,
+                           teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
+
+def gradients(module):
+    whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
+    return [whole(p.grad) for p in module.parameters()]
+
+one = Distil()
+one(ids, labels, teacher_hidden).backward()
+mine = [x[2 * rank : 2 * rank + 2] for x in (ids, labels, teacher_hidden)]
+
+two = DistributedDataParallel(Distil())
+two(*mine).backward()
+ways = {"DDP": gradients(two)}
+
+two = Distil()
+fully_shard(two)
+two(*mine).backward()
+ways["fully_shard"] = gradients(two)
+
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+two = Distil()
+head = torch.nn.Parameter(distribute_tensor(two.student.head.weight.detach(), mesh, [Shard(0)]))
+given = dict(teacher_hidden=mine[2], teacher_weight=teacher_weight, shift=True)
+try:
+    linear_drkl(two.student.body(mine[0]), head, mine[1], **given)
+except TypeError as error:
+    if "full_tensor(grad_placements=[Partial" not in str(error):
+        raise
+whole = head.full_tensor(grad_placements=[Partial("avg")] * head.device_mesh.ndim)
+linear_drkl(two.student.body(mine[0]), whole, mine[1], **given).backward()
+body = two.student.body.weight.grad
+dist.all_reduce(body)
+ways["full_tensor"] = [body / 2, head.grad.full_tensor()]
+
+for way, found in ways.items():
+    for ours, right in zip(found, gradients(one), strict=True):
+        if not torch.allclose(ours, right, rtol=1e-4, atol=1e-6):
+            print(way, (ours - right).abs().max() / right.abs().max(), file=sys.stderr, flush=True)
+            os._exit(1)
+os._exit(0)  # gloo's threads may hang at exit
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_advice_for_several_processes(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, script], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert result.returncode == 0, result.stderr

@@ -180,7 +180,7 @@ def parameter_without_elements():
 WRONG = {
     "a module": (dict(student_weight=torch.nn.Linear(H, V)), TypeError, "pass its .weight"),
     "an adapter": (dict(student_weight=Adapter()), TypeError, "LoRA.*merge"),
-    "ZeRO-3": (dict(student_weight=parameter_without_elements()), ValueError, "GatheredParam"),
+    "ZeRO-3": (dict(student_weight=parameter_without_elements()), ValueError, "forward of the mod"),
     "quantised": (
         dict(student_weight=torch.zeros(V, H, dtype=torch.uint8)), TypeError,
         "got torch.uint8.*dequantise",
@@ -340,3 +340,48 @@ def test_transforms_over_labels_and_numbers_are_a_clear_error():
     ):
         with pytest.raises(TypeError, match="torch.func"):
             call()
+
+
+@pytest.mark.parametrize(
+    "options, products",
+    [({}, 3), ({"recompute": True}, 4), ({"reduction": "none"}, 4)],
+    ids=["in forward", "recompute", "none"],
+)
+def test_flops_are_those_of_the_matrix_products(options, products):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, labels, teacher = data()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    linear_drkl(hidden, weight, labels, **teacher)  # a mode made before the first call has none
+    with FlopCounterMode(display=False) as counter:
+        linear_drkl(hidden, weight, labels, **teacher, **options).sum().backward()
+    both = 2 if products == 4 else 1
+    assert counter.get_total_flops() == 2 * N * V * (H * products + (H + 2) * both)
+
+
+@pytest.mark.parametrize("name", ["gamma", "temperature", "weight", "num_items"])
+def test_numbers_that_require_grad_are_errors(name):
+    """Their gradient would be silently missing."""
+    hidden, weight, labels, teacher = data()
+    value = torch.ones(N if name == "weight" else ()).requires_grad_()
+    with pytest.raises(ValueError, match=rf"{name} requires grad.*{name}\.detach\(\)"):
+        linear_drkl(hidden, weight, labels, **teacher, **{name: value})
+    with pytest.raises(ValueError, match=rf"{name} requires grad"):
+        drkl(torch.randn(N, V), torch.randn(N, V), labels, **{name: value})
+
+
+def test_wrapped_matrices_are_named_for_what_they_are():
+    class Wrapped(torch.Tensor):
+        def __tensor_flatten__(self):
+            return [], None
+
+    class Quantised(Wrapped):
+        def dequantize(self):
+            return self
+
+    hidden, weight, labels, teacher = data()
+    for cls, advice in ((Wrapped, "plain tensor that it stands for"), (Quantised, "dequantize")):
+        wrapped = weight.detach().as_subclass(cls)
+        with pytest.raises(TypeError, match=f"got {cls.__name__}; .*{advice}"):
+            linear_drkl(hidden, wrapped, labels, **teacher)
