@@ -8,6 +8,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -57,6 +59,15 @@ def model(kind, vocab, seed, spread=0.2):
         initializer_range=spread, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return cls(config(**sizes))
+
+
+def experts(vocab, **options):
+    """A Mixtral with random weights and four experts."""
+    sizes = dict(
+        vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**sizes, **options))
 
 
 def conversations():

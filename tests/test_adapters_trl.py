@@ -246,6 +246,20 @@ def test_tokens_are_counted_after_they_are_generated(tokenizer, tmp_path):
         assert batch["labels"] is not before["labels"]
     with pytest.raises(ValueError, match="pixel_values; set lmbda=0"):
         trainer.get_batch_samples(iter([{**given[0], "pixel_values": 0}]), 1, torch.device("cpu"))
+    del given[0]["prompts"]  # of a collator that is not TRL's
+    with pytest.raises(ValueError, match="prompts.*lmbda=0 and seq_kd=False"):
+        trainer.get_batch_samples(iter(given), 1, torch.device("cpu"))
+
+
+def test_tokens_are_counted_for_a_model_without_loss_keywords(tokenizer, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    trainer = make(adapter.DRKLTrainer, config(tmp_path), "llama", tokenizer)
+    batches, count = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), 2, torch.device("cpu")
+    )
+    assert count == sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
 
 
 def test_packed_sequences_do_not_see_each_other(tokenizer, tmp_path):
@@ -270,7 +284,10 @@ def test_pixel_values_reach_both_models(tokenizer, tmp_path, monkeypatch):
 
         monkeypatch.setattr(model, "forward", spy)
     more = {"pixel_values": torch.ones(2), "token_type_ids": torch.zeros_like(batch["input_ids"])}
-    trainer.compute_loss(trainer.model, {**batch, **more})
+    # of TRL's collators and trainers, for neither model
+    not_inputs = {"original_prompt_text": ["a"], "original_completion_text": ["b"]}
+    not_inputs |= {"skip_logits": True, "prompts": batch["prompts"]}
+    trainer.compute_loss(trainer.model, {**batch, **more, **not_inputs})
     assert len(seen) == 2
     for pixels, types, others in seen:
         assert pixels is more["pixel_values"] and types is more["token_type_ids"]
@@ -278,13 +295,7 @@ def test_pixel_values_reach_both_models(tokenizer, tmp_path, monkeypatch):
 
 
 def test_a_mixture_of_experts_keeps_its_load_balanced(tokenizer, tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = dict(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, pad_token_id=0,
-    )  # fmt: skip
-    models = [MixtralForCausalLM(MixtralConfig(**sizes)) for _ in range(2)]
+    models = [hf.experts(len(tokenizer)) for _ in range(2)]
     trainer = adapter.DRKLTrainer(
         model=models[0], teacher_model=models[1], args=config(tmp_path, router_aux_loss_coef=0.7),
         train_dataset=hf.conversations(), processing_class=tokenizer,
@@ -297,21 +308,58 @@ def test_a_mixture_of_experts_keeps_its_load_balanced(tokenizer, tmp_path):
     alone = drkl_triton.drkl(outputs.logits, teacher, batch["labels"], shift=True)
     torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss)
     trainer.current_gradient_accumulation_steps = 4
-    loss = trainer.compute_loss(
-        trainer.model, batch, num_items_in_batch=(batch["labels"] != -100).sum()
-    )
+    trainer.model.train()
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
     torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss / 4, rtol=1e-4, atol=1e-5)
+    trainer.model.eval()  # nothing is accumulated
+    loss, outputs = trainer.compute_loss(trainer.model, batch, True, count)
+    torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "option",
-    [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"packing": True}, {"padding_free": 1}],
+    [
+        {"loss_type": "dft"},
+        {"label_smoothing_factor": 0.1},
+        {"packing": True},
+        {"padding_free": 1},
+        {"use_liger_kernel": True},
+        {"eval_packing": True},
+        {"completion_only_loss": False},
+        {"assistant_only_loss": True},
+        {"pad_to_multiple_of": 8},
+    ],
     ids=str,
 )
 def test_options_that_would_be_ignored_are_errors(option, tokenizer, tmp_path):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name} must be .* for DRKLTrainer, got"):
         make(adapter.DRKLTrainer, config(tmp_path, **option), "llama", tokenizer)
+
+
+def test_a_formatting_function_would_be_ignored(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="formatting_func.*Dataset.map"):
+        make(adapter.DRKLTrainer, config(tmp_path), "llama", tokenizer, formatting_func=str)
+
+
+def test_the_advice_for_packing_trains_as_padding_does(tokenizer, tmp_path):
+    from datasets import Dataset
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows = [tokenizer(text)["input_ids"] for text in hf.SENTENCES]
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    losses = []
+    for padding_free in (True, False):
+        collator = DataCollatorForLanguageModeling(
+            tokenizer.pad_token_id, padding_free=padding_free
+        )
+        _, log = train(
+            adapter.DRKLTrainer, config(tmp_path, max_steps=2), "llama", tokenizer, data,
+            data_collator=collator,
+        )  # fmt: skip
+        losses.append([entry["loss"] for entry in log])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
 
 
 def test_labels_that_do_not_fit_are_errors(tokenizer, tmp_path, monkeypatch):

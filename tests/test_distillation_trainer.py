@@ -114,12 +114,35 @@ def test_what_it_logs(tmp_path):
 def test_packed_sequences_do_not_see_each_other(tmp_path):
     _, _, trainer = run(tmp_path, 8, 1)
     batch, alone = hf.packed(3, VOCAB)
+    seen = []
+    for model in (trainer.model, trainer.teacher):
+        model.register_forward_pre_hook(lambda _, __, x: seen.append({*x}), with_kwargs=True)
     count = (batch["labels"] != -100).sum()
     whole, *parts = (
         trainer.compute_loss(trainer.model, {**x, "skip_logits": False}, num_items_in_batch=count)
         for x in (batch, *alone)
     )
     torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
+    # skip_logits is for Liger's forward, which then has none
+    assert seen == [{"input_ids", "position_ids", "use_cache"}] * 8
+    assert trainer.teacher.config.use_cache  # the caller's model is left as it was
+    with pytest.raises(ValueError, match="shift_labels"):
+        trainer.compute_loss(trainer.model, {**batch, "shift_labels": batch["labels"]})
+
+
+def test_a_mixture_of_experts_keeps_its_load_balanced(tmp_path):
+    student = hf.experts(VOCAB, output_router_logits=True, router_aux_loss_coef=0.7)
+    *_, trainer = run(tmp_path, 8, 1, student)
+    batch = {k: torch.stack([row[k] for row in sequences(4)]) for k in sequences(1)[0]}
+    count = (batch["labels"] != -100).sum()
+    trainer.current_gradient_accumulation_steps = 4
+    for training, num_items, steps in ((True, count, 4), (False, count, 1), (True, None, 1)):
+        student.train(training)
+        loss, outputs = trainer.compute_loss(student, dict(batch), True, num_items)
+        with torch.no_grad():
+            teacher = trainer.teacher(input_ids=batch["input_ids"]).logits
+        alone = drkl(outputs.logits, teacher, batch["labels"], shift=True, num_items=num_items)
+        torch.testing.assert_close(loss, alone + 0.7 * outputs.aux_loss / steps)
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16=True", "models in bfloat16"])
@@ -144,4 +167,4 @@ def test_the_logits_dtype(bf16, tmp_path, monkeypatch):
 
 def test_it_is_as_short_as_it_says():
     code = (EXAMPLES / "distillation_trainer.py").read_text().split('"""', 2)[2]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 43
+    assert len([line for line in code.splitlines() if line.strip()]) <= 50

@@ -93,6 +93,80 @@ def test_trl(monkeypatch):
     run("example", "trl")
 
 
+def test_packing_and_num_items():
+    """The gradient is that of each sequence alone, and is not where there is a cache."""
+    pytest.importorskip("transformers")
+    import hf
+
+    from drkl_triton import reference
+
+    def gradients(step, code):
+        student, teacher = (hf.model("llama", V, seed=seed) for seed in (0, 1))
+        exec(code, {"student": student, "teacher": teacher, "micro_batches": step})
+        return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    def packs():
+        return [hf.packed(rows, V, seed=rows) for rows in (2, 3)]
+
+    step = [row for row, _ in packs()]
+    for row in step:
+        row["labels"] = row["input_ids"].clone()
+    packed = gradients(step, BLOCKS["example", "packing"])
+    student, teacher = (hf.model("llama", V, seed=seed) for seed in (0, 1))
+    total = count = 0
+    for x in (x for _, alone in packs() for x in alone):
+        s, t = (m(input_ids=x["input_ids"]).logits[:, :-1].double() for m in (student, teacher))
+        total += reference.drkl(s, t.detach(), x["labels"][:, 1:], reduction="sum")
+        count += x["labels"].shape[1] - 1
+    (total / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in student.parameters()])
+    size = expected.abs().max().item()
+    torch.testing.assert_close(packed, expected, rtol=0, atol=1e-4 * size)
+    code = BLOCKS["example", "packing"].replace("use_cache=False", "use_cache=True")
+    cached = gradients([row for row, _ in packs()], code)
+    assert (cached - expected).abs().max() > 0.05 * size
+
+
+def test_logits_in_bfloat16(tmp_path, monkeypatch):
+    """A step in each of three ways: the recipe's logits are autocast's, its gradient the same."""
+    pytest.importorskip("trl")
+    import hf
+
+    from drkl_triton.adapters import trl as adapter
+
+    seen = []
+    drkl = adapter.functional.drkl
+
+    def spy(student, teacher, *args, **options):
+        seen.append((student.dtype, teacher.dtype))
+        return drkl(student, teacher, *args, **options)
+
+    monkeypatch.setattr(adapter.functional, "drkl", spy)
+    tokenizer = hf.tokenizer()
+
+    def step(trainer_class, **options):
+        args = adapter.DRKLConfig(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=2, lmbda=0.0, report_to=[],
+            use_cpu=True, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, save_strategy="no",
+            lr_scheduler_type="constant", disable_tqdm=True, activation_checkpointing=False,
+            **options,
+        )  # fmt: skip
+        student, teacher = (hf.model("llama", len(tokenizer), seed=seed) for seed in (0, 1))
+        before = torch.cat([p.detach().clone().flatten() for p in student.parameters()])
+        trainer_class(
+            model=student, teacher_model=teacher, args=args, train_dataset=hf.conversations(),
+            processing_class=tokenizer,
+        ).train()  # fmt: skip
+        return before - torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    recipe = step(run("example", "bfloat16", {})["BFloat16LogitsTrainer"])
+    wrapped, exact = step(adapter.DRKLTrainer), step(adapter.DRKLTrainer, bf16=False)
+    assert seen == [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32,) * 2]
+    for gradient in (recipe, wrapped):
+        assert torch.cosine_similarity(gradient, exact, dim=0) > 0.99
+    assert torch.cosine_similarity(recipe, wrapped, dim=0) > 0.999
+
+
 def test_ms_swift(one_file, monkeypatch):
     theirs = one_file("swift.rlhf_trainers.gkd_loss")[0].jsd_loss
     same_numbers("swift")
@@ -156,6 +230,18 @@ def test_distillm_and_minillm(name):
     key = "loss_drkl" if name == "distillm" else "distil_loss"
     assert torch.equal(after[key], expected)
     # tests/test_adapters_distillm.py holds its reverse_kl against the dense formula
+
+
+def test_what_is_to_be_installed_can_be():
+    """The package is installed from a clone; and TRL as the extra asks for it."""
+    (wanted,) = re.findall(r'"trl": \["(.+?)"\]', (ROOT / "setup.py").read_text())
+    files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("drkl_triton/**/*.py")]
+    advice = [
+        (file.name, name)
+        for file in files
+        for name in re.findall(r"pip install '?([^'`\s]+)", file.read_text(encoding="utf-8"))
+    ]
+    assert {name for _, name in advice} == {".", wanted}, advice
 
 
 def test_the_page_names_the_releases_it_was_tried_with():

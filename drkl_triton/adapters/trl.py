@@ -39,24 +39,28 @@ _LOGGED = (
     "student_target_prob",
     "teacher_target_prob",
 )
-# What the collators put into a batch that is no input of a model.
-_NOT_INPUTS = frozenset(
-    {"labels", "prompts", "prompt_attention_mask", "byte_offsets", "completion_mask"}
+# What collators and trainers put into a batch that is no input of a model.
+_PROMPTS = frozenset({"prompts", "prompt_attention_mask"})
+_NOT_INPUTS = _PROMPTS | {
+    "labels", "byte_offsets", "completion_mask", "original_prompt_text", "original_completion_text",
+    "skip_logits",
+}  # fmt: skip
+_PACKED = (
+    "pass sequences that are packed already, lmbda=0 and "
+    "data_collator=DataCollatorForLanguageModeling(pad_token_id, padding_free=True)"
 )
+_LABELS = "the loss is of the tokens whose label is not -100; pass a data_collator that sets them"
 # Options of TRL's that this loss does not follow, what they must stay, and what to do.
 _IGNORED_OPTIONS = {
     "loss_type": (("nll",), "DRKL is the loss; gamma and loss_temperature are its options"),
     "label_smoothing_factor": ((0, 0.0), "DRKL has none; raise loss_temperature for softer rows"),
     "use_liger_kernel": ((False,), "it would keep the logits from this loss; leave it out"),
-    "packing": (
-        (False,),
-        "this trainer does not prepare data; pass sequences that are packed already, and "
-        "data_collator=DataCollatorForLanguageModeling(pad_token_id, padding_free=True)",
-    ),
-    "padding_free": (
-        (False,),
-        "pass data_collator=DataCollatorForLanguageModeling(pad_token_id, padding_free=True)",
-    ),
+    "packing": ((False,), _PACKED),
+    "eval_packing": ((False, None), _PACKED),
+    "padding_free": ((False,), _PACKED),
+    "completion_only_loss": ((None, True), _LABELS),
+    "assistant_only_loss": ((False,), _LABELS),
+    "pad_to_multiple_of": (("auto", None), "pass a data_collator that pads"),
 }
 
 
@@ -203,6 +207,11 @@ class DRKLTrainer(GKDTrainer):
                 raise ValueError(
                     f"{name} must be {allowed[0]!r} for DRKLTrainer, got {value!r}: {advice}"
                 )
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError(
+                "formatting_func must be left out: DRKLTrainer does not prepare data; apply "
+                "it with datasets.Dataset.map"
+            )
         super().__init__(*args, **kwargs)
         # The Trainer is to count num_items_in_batch, whatever the model accepts, and as this loss
         # shifts the labels.
@@ -216,18 +225,21 @@ class DRKLTrainer(GKDTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _generated(self, batch):
+        if not (self.lmbda or self.seq_kd):
+            return batch
+        others = sorted(batch.keys() - _NOT_INPUTS - {"input_ids", "attention_mask"})
+        if others or not _PROMPTS <= batch.keys():
+            found = f"with {', '.join(others)}" if others else "without prompts"
+            raise ValueError(
+                f"answers are generated (lmbda={self.lmbda}, seq_kd={self.seq_kd}) to prompts and "
+                f"prompt_attention_mask alone, got a batch {found}; set lmbda=0 and seq_kd=False"
+            )
         if random.random() <= self.lmbda:
             writer, options = self.model_wrapped, self.args.gradient_checkpointing_kwargs
         elif self.seq_kd:
             writer, options = self.teacher_model, None
         else:
             return batch
-        others = sorted(batch.keys() - _NOT_INPUTS - {"input_ids", "attention_mask"})
-        if others:
-            raise ValueError(
-                f"generated answers (lmbda={self.lmbda}, seq_kd={self.seq_kd}) are of prompts "
-                f"alone, got a batch with {', '.join(others)}; set lmbda=0 and seq_kd=False"
-            )
         batch = self._prepare_inputs(batch)
         with unwrap_model_for_generation(
             writer,
@@ -279,8 +291,10 @@ class DRKLTrainer(GKDTrainer):
             # several GPUs in one process share the loss of the whole batch
             if self.args.n_gpu <= 1:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:  # a mean of the micro-batch, which the Trainer does not divide
-            steps = self.current_gradient_accumulation_steps if counted else 1
+        if self.aux_loss_enabled:
+            # a mean of the micro-batch; in training the Trainer does not divide what was counted
+            divide = counted and self.model.training
+            steps = self.current_gradient_accumulation_steps if divide else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add(metrics, (labels[..., 1:] != -100).sum())
         return (loss, outputs) if return_outputs else loss
