@@ -1,4 +1,4 @@
-"""The keyword options of the losses, for type checkers; nothing imports this file at run time."""
+"""The keyword options of the losses, for type checkers alone."""
 
 from __future__ import annotations
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import drkl_triton
-from drkl_triton import DRKLLoss, ReverseKLLoss, drkl, log_softmax, reverse_kl, softmax
+from drkl_triton import (
+    DRKLLoss,
+    ReverseKLLoss,
+    _options,
+    drkl,
+    linear_drkl,
+    linear_reverse_kl,
+    log_softmax,
+    reverse_kl,
+    softmax,
+)
 
 N, V = 4, 7
 STUDENT, TEACHER = torch.randn(N, V), torch.randn(N, V)
@@ -466,6 +476,27 @@ def test_signature(function, positional, keyword):
     } == keyword
     assert inspect.signature(reverse_kl).parameters["labels"].default is None
     assert inspect.signature(drkl).parameters["labels"].default is inspect.Parameter.empty
+
+
+@pytest.mark.parametrize(
+    "function, options",
+    [
+        (reverse_kl, _options.Options),
+        (drkl, _options.DRKLOptions),
+        (linear_reverse_kl, _options.LinearOptions),
+        (linear_drkl, _options.LinearDRKLOptions),
+    ],
+)
+def test_options_for_type_checkers_are_those_of_the_signature(function, options):
+    keyword = {
+        p.name: p.annotation
+        for p in inspect.signature(function).parameters.values()
+        if p.kind == inspect.Parameter.KEYWORD_ONLY
+    }
+    assert keyword.pop("return_metrics") == "bool"
+    typed = options.__annotations__.items()
+    assert {name: hint.__forward_arg__ for name, hint in typed} == keyword
+    assert "Any" not in inspect.signature(function).return_annotation
 
 
 DOCUMENTED = {
