@@ -238,8 +238,9 @@ def row_losses(
     out = lambda *shape: launch.new_output(shape, acc, device)  # noqa: E731
     sums, fields = parts[0], out(6, N) if metrics else None
     rows, merge = BLOCK, 1
-    if splits > 1:  # of few rows
-        sums, rows, merge = out(FIELDS.value, N), 4, tuning.merge_block(splits)
+    if splits > 1:  # few rows, some shares of each for a thread
+        sums, merge = out(FIELDS.value, N), tuning.merge_block(splits)
+        rows = max(1, BLOCK // merge)
     (programs,) = _grid(N, rows)
     reduce = reduction != "none"
     partial = out(2, programs) if reduce else out(N)
