@@ -24,15 +24,21 @@ def parts(
     the rows that are ignored have loss 0.
     """
     counted = codes != IGNORED
-    if weight is not None:
-        if shift:
-            weight = torch.cat([weight[..., 1:], torch.zeros_like(weight[..., :1])], dim=-1)
-        weight = torch.where(counted, weight.to(dtype), 0.0)
+    weight = weights(codes, weight, shift, dtype)
     if reduction != "mean":
         return weight, None
     if num_items is not None:
         return weight, scalar(num_items, dtype, codes.device)
     return weight, (counted if weight is None else weight).sum(dtype=dtype)
+
+
+def weights(codes: Tensor, weight: Tensor | None, shift: bool, dtype: torch.dtype) -> Tensor | None:
+    """The caller's weight at the rows that it is for; 0 where they are ignored."""
+    if weight is None:
+        return None
+    if shift:
+        weight = torch.cat([weight[..., 1:], torch.zeros_like(weight[..., :1])], dim=-1)
+    return torch.where(codes != IGNORED, weight.to(dtype), 0.0)
 
 
 def reduce(
@@ -46,7 +52,7 @@ def reduce(
 def total(loss: Tensor, weights: Tensor | None, denominator: Tensor | None) -> Tensor:
     """The mean, or where ``denominator`` is None the sum."""
     result = (loss if weights is None else loss * weights).sum()
-    return result if denominator is None else _divide(result, denominator)
+    return result if denominator is None else divide(result, denominator)
 
 
 def derivative(
@@ -54,10 +60,10 @@ def derivative(
 ) -> Tensor:
     """What ``total`` multiplies each row's loss with, [...]."""
     weights = (codes != IGNORED).to(dtype) if weights is None else weights
-    return weights if denominator is None else _divide(weights, denominator)
+    return weights if denominator is None else divide(weights, denominator)
 
 
-def _divide(x: Tensor, denominator: Tensor) -> Tensor:
+def divide(x: Tensor, denominator: Tensor) -> Tensor:
     nothing = denominator == 0
     return torch.where(nothing, 0.0, x / torch.where(nothing, 1.0, denominator))
 

@@ -57,8 +57,8 @@ def _ordinary(x: Tensor) -> Tensor:
 
 
 class DivergenceFunction(torch.autograd.Function):
-    """Per-row reverse KL (``gamma`` None) or DRKL of logits [..., V]; returns (loss [N], *metrics
-    [N]).
+    """Reverse KL (``gamma`` None) or DRKL of logits [..., V]: (the loss, [N] or reduced, and the
+    fields of RowMetrics [6, N], or nothing). weight [N].
     """
 
     @staticmethod
@@ -69,36 +69,40 @@ class DivergenceFunction(torch.autograd.Function):
         label: Tensor,
         inv_temperature: Tensor,
         gamma: Tensor | None,
+        weight: Tensor | None,
+        num_items: Tensor | None,
         V: int,
         labelled: bool,
         teacher_support: bool,
         metrics: bool,
+        reduction: str,
         backend: str,
     ):
-        sums = backends.row_sums(
-            student, teacher, label, inv_temperature, V, teacher_support, metrics, backend
-        )
-        out = algebra.losses(sums, label, inv_temperature, gamma, labelled, metrics)
-        _save(ctx, student, teacher, label, inv_temperature, gamma, sums)
+        rows = label, inv_temperature, gamma, weight
+        sums, loss, denominator, fields = backends.divergence(
+            student, teacher, *rows, num_items, V, labelled, teacher_support, metrics, reduction,
+            backend,
+        )  # fmt: skip
+        if reduction != "mean":
+            denominator = None
+        elif num_items is not None:
+            denominator = num_items
+        _save(ctx, student, teacher, *rows, denominator, sums)
         ctx.options = (V, labelled, teacher_support, backend)
-        ctx.mark_non_differentiable(*out[1:])
-        return out
+        ctx.mark_non_differentiable(fields)
+        return loss, fields
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
-        student, teacher, label, inv_temperature, gamma, sums = ctx.saved_tensors
-        V, labelled, teacher_support, backend = ctx.options
+    def backward(ctx: Any, upstream: Tensor, unused: Tensor):
         dstudent = None
         if ctx.needs_input_grad[0]:
+            student, *_, sums = ctx.saved_tensors
             with torch.no_grad():
-                scalars = algebra.gradient_scalars(
-                    sums, label, inv_temperature, gamma, labelled, grad_loss.to(sums.dtype)
+                dstudent = backends.divergence_backward(
+                    *ctx.saved_tensors, upstream.to(sums.dtype), *ctx.options
                 )
-                dstudent = backends.row_grad(
-                    student, teacher, label, inv_temperature, scalars, V, teacher_support, backend
-                )
-            dstudent = _first_order(dstudent, student, grad_loss)
-        return dstudent, *[None] * 9
+            dstudent = _first_order(dstudent, student, upstream)
+        return dstudent, *[None] * 12
 
 
 class SoftmaxFunction(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import slices, tiled
 from ._layout import rows_of
-from .algebra import IGNORED, INVALID, NO_LABEL, SCALARS, SUMS
+from .algebra import SUMS
 
 # A copy of the package under another name (from Hugging Face's Hub, say) registers its own ops.
 NAMESPACE = __package__.replace(".", "_")
@@ -44,96 +44,119 @@ def _implementation(name: str):
     f"{NAMESPACE}::row_labels",
     mutates_args=(),
     schema="(Tensor like, Tensor? labels, Tensor? weight, SymInt ignore_index, SymInt V, "
-    "bool shift, bool strict) -> Tensor",
+    "bool shift, bool strict, str backend) -> Tensor",
 )
-def row_labels(like, labels, weight, ignore_index, V, shift, strict):
+def row_labels(like, labels, weight, ignore_index, V, shift, strict, backend):
     """int64 [...]: the column to take out of each row's sums, or NO_LABEL, IGNORED, INVALID.
 
     ``like`` [..., V] gives shape and device. shift: row t is scored with label and weight t + 1.
     strict (DRKL): a label outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise
     such a row has NO_LABEL.
     """
-    shape = like.shape[:-1]
-    codes = torch.full(shape, NO_LABEL, dtype=torch.int64, device=like.device)
-    if labels is not None:
-        labels = labels.long()
-        ignored = labels == ignore_index
-        outside = ~ignored & ((labels < 0) | (labels >= V))
-        if strict and weight is not None:
-            outside &= weight != 0
-        if shift:
-            outside[..., :1] = False  # no row is scored with the first label
-        if strict and labels.device.type == "cpu" and outside.any():
-            where = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"labels must be in [0, {V}) or ignore_index ({ignore_index}), got "
-                f"{labels[tuple(where)].item()} at {where}; "
-                "mask it with ignore_index or check the tokenizer's vocabulary against the logits'"
-            )
-        codes = torch.where(
-            outside, INVALID if strict else NO_LABEL, torch.where(ignored, IGNORED, labels)
-        )
+    if strict and labels is not None and labels.device.type == "cpu":
+        _check_labels(labels, weight, ignore_index, V, shift)
+    return _implementation(backend).row_labels(
+        labels, weight, like.shape[:-1], ignore_index, V, like.device, shift=shift, strict=strict
+    )
+
+
+def _check_labels(labels, weight, ignore_index, V, shift):
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if weight is not None:
-        codes = torch.where(weight == 0, IGNORED, codes)
+        outside &= weight != 0
     if shift:
-        codes = torch.cat([codes[..., 1:], torch.full_like(codes[..., :1], IGNORED)], dim=-1)
-    return codes.contiguous()  # where() keeps the strides of transposed labels; the fake has none
+        outside[..., :1] = False  # no row is scored with the first label
+    if outside.any():
+        where = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels must be in [0, {V}) or ignore_index ({ignore_index}), got "
+            f"{labels[tuple(where)].item()} at {where}; "
+            "mask it with ignore_index or check the tokenizer's vocabulary against the logits'"
+        )
 
 
 @row_labels.register_fake
-def _(like, labels, weight, ignore_index, V, shift, strict):
+def _(like, labels, weight, ignore_index, V, shift, strict, backend):
     return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::row_sums",
+    f"{NAMESPACE}::divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, SymInt V, "
-    "bool teacher_support, bool entropy, str backend) -> Tensor",
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
+    "Tensor? weight, Tensor? num_items, SymInt V, bool labelled, bool teacher_support, "
+    "bool metrics, str reduction, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def row_sums(student, teacher, label, inv_temperature, V, teacher_support, entropy, backend):
-    """The table of sums [9, N] (kernels/row_sums.py)."""
-    return _implementation(backend).row_sums(
+def divergence(
+    student, teacher, label, inv_temperature, gamma, weight, num_items, V, labelled,
+    teacher_support, metrics, reduction, backend,
+):  # fmt: skip
+    """(sums [9, N], the loss [N] or reduced, its denominator, the fields of RowMetrics [6, N]); of
+    the last two no elements where there is none. label, weight [N].
+    """
+    launchers = _implementation(backend)
+    parts = launchers.row_sum_parts(
         rows_of(student),
         rows_of(teacher),
-        label.reshape(-1),
+        label,
         inv_temperature,
         V,
         teacher_support=teacher_support,
-        entropy=entropy,
+        entropy=metrics,
     )
+    sums, loss, denominator, fields = launchers.row_losses(
+        parts, label, inv_temperature, gamma, weight, num_items,
+        labelled=labelled, metrics=metrics, reduction=reduction,
+    )  # fmt: skip
+    if denominator is None or denominator is num_items:  # an op returns none of its inputs
+        denominator = sums.new_empty(0)
+    return sums, loss, denominator, sums.new_empty(0) if fields is None else fields
 
 
-@row_sums.register_fake
-def _(student, teacher, label, inv_temperature, V, teacher_support, entropy, backend):
-    return torch.empty((SUMS, label.numel()), dtype=inv_temperature.dtype, device=student.device)
+@divergence.register_fake
+def _(
+    student, teacher, label, inv_temperature, gamma, weight, num_items, V, labelled,
+    teacher_support, metrics, reduction, backend,
+):  # fmt: skip
+    N, empty = label.numel(), inv_temperature.new_empty
+    denominator = empty(()) if reduction == "mean" and num_items is None else empty(0)
+    loss = empty((N,) if reduction == "none" else ())
+    return empty((SUMS, N)), loss, denominator, empty((6, N) if metrics else 0)
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::row_grad",
+    f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, "
-    "Tensor scalars, SymInt V, bool teacher_support, str backend) -> Tensor",
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
+    "Tensor? weight, Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, bool labelled, "
+    "bool teacher_support, str backend) -> Tensor",
 )
-def row_grad(student, teacher, label, inv_temperature, scalars, V, teacher_support, backend):
-    """The gradient of the student's logits, contiguous, from the table of scalars [7, N]
-    (kernels/row_grad.py).
-    """
-    out = _implementation(backend).row_grad(
+def divergence_backward(
+    student, teacher, label, inv_temperature, gamma, weight, denominator, sums, upstream, V,
+    labelled, teacher_support, backend,
+):  # fmt: skip
+    """The gradient of the student's logits, contiguous. upstream [N] or 0-dim."""
+    launchers = _implementation(backend)
+    table = launchers.gradient_table(
+        sums, label, inv_temperature, gamma, upstream, weight, denominator, labelled=labelled
+    )
+    out = launchers.row_grad(
         rows_of(student),
         rows_of(teacher),
-        label.reshape(-1),
+        label,
         inv_temperature,
-        scalars.contiguous(),
+        table,
         V,
         teacher_support=teacher_support,
     )
     return out.view(student.shape)
 
 
-@row_grad.register_fake
-def _(student, teacher, label, inv_temperature, scalars, V, teacher_support, backend):
-    torch._check(scalars.shape[0] == SCALARS)
+@divergence_backward.register_fake
+def _(
+    student, teacher, label, inv_temperature, gamma, weight, denominator, sums, upstream, V,
+    labelled, teacher_support, backend,
+):  # fmt: skip
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 

@@ -264,22 +264,30 @@ def _divergence(
     gamma = None if gamma is None else _reduction.scalar(gamma, acc, student.device)
     weight = None if weight is None else weight.detach()
     codes = backends.row_labels(
-        student.detach(), labels, weight, ignore_index, V, shift, gamma is not None
+        student.detach(), labels, weight, ignore_index, V, shift, gamma is not None, backend
     )
-    rows, *fields = DivergenceFunction.apply(
+    weights = _reduction.weights(codes, weight, shift, acc)
+    if num_items is not None:
+        num_items = _reduction.scalar(num_items, acc, student.device)
+    loss, fields = DivergenceFunction.apply(
         student,
         teacher,
         codes.view(-1),
         inv_temperature,
         gamma,
+        None if weights is None else weights.view(-1),
+        num_items,
         V,
         labels is not None,
         options["support"] == "teacher",
         metrics,
+        reduction,
         backend,
     )
-
-    shape = student.shape[:-1]
-    weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, rows.dtype)
-    loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)
-    return (loss, RowMetrics.of(rows, *fields, codes=codes)) if metrics else loss
+    if reduction == "none":
+        loss = loss.view(codes.shape)
+    if not metrics:
+        return loss
+    rows, *others, entropy = fields.unbind(0)
+    others = others if labels is not None else []
+    return loss, RowMetrics.of(rows, *others, entropy, codes=codes)

@@ -233,9 +233,11 @@ def _linear(
     inv_temperature = _reduction.inverse(options["temperature"], hidden.device, acc)
     gamma = None if gamma is None else _reduction.scalar(gamma, acc, hidden.device)
     weight = None if weight is None else weight.detach()
+    backend = _checks.backend(options["backend"], hidden)
     codes = backends.row_labels(
-        hidden.detach(), labels, weight, options["ignore_index"], V, shift, gamma is not None
-    )
+        hidden.detach(), labels, weight, options["ignore_index"], V, shift, gamma is not None,
+        backend,
+    )  # fmt: skip
     shape, label = codes.shape, codes.view(-1)
     weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, acc)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
@@ -250,7 +252,7 @@ def _linear(
         wanted=tuple(wanted),
         may_skip=labels is not None or weight is not None or shift,
         chunk_bytes=chunk_bytes,
-        backend=_checks.backend(options["backend"], hidden),
+        backend=backend,
     )
     tensors = (*student, *teacher, teacher_logits, label, inv_temperature, gamma)
     if reduction == "none" or recompute or not any(wanted):

@@ -41,8 +41,8 @@ COLUMNS = 64
 PART, MIN_PART = 1 << 19, 512
 # Gradients in float16 are multiplied by a power of two that makes the largest upstream gradient
 # 2^FLOAT16_SCALE, so that 1e-10 of it does not vanish. A row that could then exceed 2^15 (a
-# divergence of 127 nats) is multiplied by a smaller one, down to 2^FLOAT16_ROOM times.
-FLOAT16_SCALE, FLOAT16_ROOM = 8, -10
+# divergence of 127 nats) is multiplied by a smaller one (formulas.float16_room).
+FLOAT16_SCALE = 8
 
 
 class Head(NamedTuple):
@@ -89,27 +89,32 @@ class Loss(NamedTuple):
         )
 
     def gradient(
-        self, s: Tensor, t: Tensor, label: Tensor, sums: Tensor, upstream: Tensor, out: Tensor
+        self,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor,
+        sums: Tensor,
+        upstream: Tensor,
+        factor: Tensor | None,
+        out: Tensor,
     ) -> None:
-        scalars = algebra.gradient_scalars(
-            sums, label, self.inv_temperature, self.gamma, self.labelled, upstream
-        )
+        """factor [rows]: the gradient is kept inside float16, and what it is to be multiplied with
+        afterwards is written here.
+        """
+        table = self.launchers.gradient_table(
+            sums, label, self.inv_temperature, self.gamma, upstream, labelled=self.labelled,
+            inv_room=factor,
+        )  # fmt: skip
         self.launchers.row_grad(
             rows_of(s),
             rows_of(t),
             label,
             self.inv_temperature,
-            scalars.contiguous(),
+            table,
             self.V,
             teacher_support=self.teacher_support,
             out=out,
         )
-
-    def room(self, label: Tensor, sums: Tensor, upstream: Tensor) -> Tensor:
-        """[rows], the power of two, at most 1, that keeps a row's gradient inside float16."""
-        bound = algebra.gradient_bound(sums, label, self.inv_temperature, self.gamma, self.labelled)
-        bits = (bound * upstream.abs()).log2().ceil()  # -inf for 0
-        return torch.exp2((15 - bits).nan_to_num(0.0).clamp(FLOAT16_ROOM, 0))
 
 
 class Wanted(NamedTuple):
@@ -383,11 +388,9 @@ def walk(
                 table[:, k:e] = loss.sums(s, t, y)
             if upstream is not None:
                 g, up = G[k - i : e - i], upstream[k:e]
-                if factor is not None:
-                    room = loss.room(y, table[:, k:e], up)
-                    up, factor[k:e] = up * room, 1 / room
                 out = over[: e - k] if capped else g
-                loss.gradient(s, t, y, table[:, k:e], up, out)
+                room = None if factor is None else factor[k:e]
+                loss.gradient(s, t, y, table[:, k:e], up, room, out)
                 if capped:  # d softcap(z) / dz = 1 - (s / softcap)^2
                     s.div_(student.softcap).square_().neg_().add_(1.0).mul_(out)
                     s.masked_fill_(zero[k:e, None], 0.0)

@@ -23,8 +23,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from . import _reduction, algebra, formulas
 from ._layout import Rows
-from .algebra import IGNORED, INVALID, MISSING, SUMS, UNIT, merge
+from .algebra import IGNORED, INVALID, MISSING, NO_LABEL, SUMS, UNIT, Sums, merge
 
 # Elements of scratch, of all threads together: 12.6 MB in float32. Divided among two threads and
 # three buffers, an operation takes 100 microseconds and what it costs besides its work is small.
@@ -368,6 +369,78 @@ def row_grad(
     where = torch.arange(N, device=label.device), torch.where(has_label, label, 0)
     out[where] = torch.where(has_label, at_label[:, 0].to(out.dtype), out[where])
     return out
+
+
+def row_sum_parts(*args, **flags) -> Tensor:
+    """``row_sums`` as the one share that it is, [1, 9, N]."""
+    return row_sums(*args, **flags)[None]
+
+
+def row_labels(labels, weight, shape, ignore_index, V, device, *, shift, strict) -> Tensor:
+    """Labels and weight [...] as codes, int64 [...]: a column, or NO_LABEL, IGNORED, INVALID."""
+    codes = torch.full(shape, NO_LABEL, dtype=torch.int64, device=device)
+    if labels is not None:
+        labels = labels.long()
+        outside = (labels < 0) | (labels >= V)
+        codes = torch.where(outside, INVALID if strict else NO_LABEL, labels)
+        codes = torch.where(labels == ignore_index, IGNORED, codes)
+    if weight is not None:
+        codes = torch.where(weight == 0, IGNORED, codes)
+    if shift:
+        codes = torch.cat([codes[..., 1:], torch.full_like(codes[..., :1], IGNORED)], dim=-1)
+    return codes.contiguous()  # where() keeps the strides of transposed labels; the fake has none
+
+
+def row_losses(
+    parts: Tensor,
+    label: Tensor,
+    inv_temperature: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    num_items: Tensor | None,
+    *,
+    labelled: bool,
+    metrics: bool,
+    reduction: str,
+):
+    """(sums, result, denominator, fields) (kernels/row_map.py); parts [1, 9, N]."""
+    (sums,) = parts
+    out = formulas.losses(
+        Sums(*sums.unbind(0)), label, inv_temperature, gamma, gamma is not None, labelled, metrics
+    )
+    loss, fields = out[0], torch.stack(out) if metrics else None
+    if reduction == "none":
+        return sums, loss if weight is None else loss * weight, None, fields
+    denominator = None
+    if reduction == "mean":
+        denominator = num_items
+        if denominator is None:
+            denominator = (label != IGNORED if weight is None else weight).sum(dtype=loss.dtype)
+    return sums, _reduction.total(loss, weight, denominator), denominator, fields
+
+
+def gradient_table(
+    sums: Tensor,
+    label: Tensor,
+    inv_temperature: Tensor,
+    gamma: Tensor | None,
+    upstream: Tensor,
+    weight: Tensor | None = None,
+    denominator: Tensor | None = None,
+    *,
+    labelled: bool,
+    inv_room: Tensor | None = None,
+) -> Tensor:
+    """The table of gradient scalars [7, N] (kernels/row_map.py)."""
+    if denominator is not None:
+        upstream = _reduction.divide(upstream, denominator)
+    upstream = upstream.expand(label.shape) if weight is None else upstream * weight
+    if inv_room is not None:
+        bound = algebra.gradient_bound(sums, label, inv_temperature, gamma, labelled)
+        room = formulas.float16_room(bound, upstream)
+        upstream = upstream * room
+        torch.reciprocal(room, out=inv_room)
+    return algebra.gradient_scalars(sums, label, inv_temperature, gamma, labelled, upstream)
 
 
 def softmax_forward(

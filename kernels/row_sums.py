@@ -253,7 +253,7 @@ def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexp
     tl.store(sums_ptr + 7 * N + row, tl.load(last + 7 * N))
 
 
-def row_sums(
+def row_sum_parts(
     student,
     teacher,
     label,
@@ -265,28 +265,34 @@ def row_sums(
     splits=None,
 ):
     """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
-    [N]; inv_temperature 0-dim. Returns sums [9, N].
+    [N]; inv_temperature 0-dim. Returns the sums of every program's share, [splits, 9, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     programs = tuning.SCAN_PROGRAMS_PER_SM
     tile = tuning.choose(V, student, teacher, rows=N, programs=programs, splits=splits)
-    out = lambda *shape: launch.new_output(shape, acc, label.device)  # noqa: E731
-    sums = out(FIELDS.value, N)
-    if N == 0:
-        return sums
-    parts = sums if tile.splits == 1 else out(tile.splits, FIELDS.value, N)
-    flags = dict(ACC=launch.TL_DTYPE[acc], ENTROPY=entropy)
-    with launch.on_device(label.device):
-        row_sums_kernel[(N, tile.splits)](
-            student.tensor, teacher.tensor, label, inv_temperature, parts,
-            *student.strides, *teacher.strides, student.inner, teacher.inner, V,
-            LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
-            ALIGNED=launch.equally_aligned(student, teacher),
-            TEACHER_SUPPORT=teacher_support, **flags,
-        )  # fmt: skip
-        if tile.splits > 1:
-            merge_sums_kernel[(N,)](
-                parts, inv_temperature, sums, tile.splits,
-                BLOCK=tuning.merge_block(tile.splits), num_warps=1, **flags,
+    parts = launch.new_output((tile.splits, FIELDS.value, N), acc, label.device)
+    if N:
+        with launch.on_device(label.device):
+            row_sums_kernel[(N, tile.splits)](
+                student.tensor, teacher.tensor, label, inv_temperature, parts,
+                *student.strides, *teacher.strides, student.inner, teacher.inner, V,
+                LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
+                ALIGNED=launch.equally_aligned(student, teacher),
+                TEACHER_SUPPORT=teacher_support, ACC=launch.TL_DTYPE[acc], ENTROPY=entropy,
             )  # fmt: skip
+    return parts
+
+
+def row_sums(student, teacher, label, inv_temperature, V, *, entropy=False, **options):
+    """``row_sum_parts``, merged: [9, N]."""
+    parts = row_sum_parts(student, teacher, label, inv_temperature, V, entropy=entropy, **options)
+    splits, acc = parts.shape[0], parts.dtype
+    if splits == 1 or label.numel() == 0:
+        return parts[0]
+    sums = launch.new_output(parts.shape[1:], acc, label.device)
+    with launch.on_device(label.device):
+        merge_sums_kernel[(label.numel(),)](
+            parts, inv_temperature, sums, splits, BLOCK=tuning.merge_block(splits), num_warps=1,
+            ACC=launch.TL_DTYPE[acc], ENTROPY=entropy,
+        )  # fmt: skip
     return sums

@@ -51,7 +51,8 @@ def poisoned_outputs(monkeypatch):
     """Every output starts as NaN, so that an element nobody writes shows."""
 
     def poisoned(shape, dtype, device):
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+        nothing = float("nan") if dtype.is_floating_point else -99
+        return torch.full(shape, nothing, dtype=dtype, device=device)
 
     monkeypatch.setattr(kernels.launch, "new_output", poisoned)
     monkeypatch.setattr(tiled, "new_output", poisoned)
