@@ -192,7 +192,7 @@ def launch_all(case, wanted):
     one, label = torch.ones((), dtype=acc), torch.zeros(N, dtype=torch.int64)
     s, t = rows_of(student), rows_of(teacher)
     if {*LOSS, "merge_sums"} & wanted:
-        flags = dict(teacher_support=case.support, splits=case.splits)
+        flags = dict(splits=case.splits, filter_value=-one if case.support else None)
         sums = kernels.row_sums(s, t, label, one, V, entropy=case.support, **flags)
         kernels.row_grad(s, t, label, one, torch.empty_like(sums), V, **flags)
     if case.student == case.teacher and not case.support and wanted - {*LOSS, "merge_sums"}:

@@ -411,6 +411,25 @@ def integer(name: str, value, example: str) -> None:
         )
 
 
+def mask_value(filter_value: float, support: str) -> None:
+    if isinstance(filter_value, bool) or not isinstance(filter_value, Real):
+        raise TypeError(
+            f"filter_value must be a number, got {type(filter_value).__name__}; pass the number "
+            "that the teacher's mask was filled with, such as -1e9"
+        )
+    if not filter_value < float("inf"):
+        raise ValueError(
+            f"filter_value must be below +inf, got {filter_value}; pass the number that the "
+            "teacher's mask was filled with, such as -1e9"
+        )
+    if filter_value != float("-inf") and support != "teacher":
+        raise ValueError(
+            'filter_value says what support="teacher" leaves out, got filter_value='
+            f'{filter_value} with support={support!r}; pass support="teacher", or leave '
+            "filter_value out"
+        )
+
+
 def flag(name: str, value) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}; pass a bool")
@@ -456,11 +475,13 @@ def known_options(module: str, unknown: dict) -> None:
 
 
 def divergence_options(
-    *, reduction, support, backend, ignore_index, shift, return_metrics, temperature, num_items
-) -> None:
+    *, reduction, support, filter_value, backend, ignore_index, shift, return_metrics, temperature,
+    num_items,
+) -> None:  # fmt: skip
     """The options that all divergences and their modules share."""
     one_of("reduction", reduction, REDUCTIONS)
     one_of("support", support, ("full", "teacher"))
+    mask_value(filter_value, support)
     one_of("backend", backend, BACKENDS)
     integer("ignore_index", ignore_index, "-100")
     flag("shift", shift)

@@ -17,6 +17,7 @@ class Options(TypedDict, total=False):
     shift: bool
     vocab_mismatch: str
     support: str
+    filter_value: float
     backend: str
 
 

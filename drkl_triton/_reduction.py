@@ -75,6 +75,13 @@ def inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtyp
     return scalar(1.0 / temperature, dtype, device)
 
 
+def filter_scalar(options: dict, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What support="teacher" leaves out, 0-dim; None: nothing."""
+    if options["support"] != "teacher":
+        return None
+    return scalar(options["filter_value"], dtype, device)
+
+
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor on the device. Filling memory there, unlike copying a number to it, waits for
     nothing.

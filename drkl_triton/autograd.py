@@ -69,26 +69,25 @@ class DivergenceFunction(torch.autograd.Function):
         label: Tensor,
         inv_temperature: Tensor,
         gamma: Tensor | None,
+        filter_value: Tensor | None,
         weight: Tensor | None,
         num_items: Tensor | None,
         V: int,
         labelled: bool,
-        teacher_support: bool,
         metrics: bool,
         reduction: str,
         backend: str,
     ):
-        rows = label, inv_temperature, gamma, weight
+        rows = label, inv_temperature, gamma, filter_value, weight
         sums, loss, denominator, fields = backends.divergence(
-            student, teacher, *rows, num_items, V, labelled, teacher_support, metrics, reduction,
-            backend,
-        )  # fmt: skip
+            student, teacher, *rows, num_items, V, labelled, metrics, reduction, backend
+        )
         if reduction != "mean":
             denominator = None
         elif num_items is not None:
             denominator = num_items
         _save(ctx, student, teacher, *rows, denominator, sums)
-        ctx.options = (V, labelled, teacher_support, backend)
+        ctx.options = (V, labelled, backend)
         ctx.mark_non_differentiable(fields)
         return loss, fields
 
@@ -134,7 +133,8 @@ class LinearFunction(torch.autograd.Function):
     """Per-row losses from hidden states: (loss [N], *metrics [N]). Backward makes the logits again.
 
     The tensors, here and below: the student's hidden states, matrix, bias, scale and softcap, the
-    teacher's and its logits, label, inv_temperature, gamma. ``numbers``: what the op takes besides.
+    teacher's and its logits, label, inv_temperature, gamma, filter_value. ``numbers``: what the op
+    takes besides.
     """
 
     @staticmethod
@@ -143,9 +143,9 @@ class LinearFunction(torch.autograd.Function):
         numbers: LinearNumbers,
         *tensors: Tensor | None,
     ):
-        student, teacher, rows = tensors[:5], tensors[5:11], tensors[11:14]
+        student, teacher, rows = tensors[:5], tensors[5:11], tensors[11:]
         sums, *_ = _walk(student, teacher, rows, None, None, numbers)
-        out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
+        out = algebra.losses(*(sums, *rows[:3]), numbers.labelled, numbers.metrics)
         _save(ctx, *tensors, sums)
         ctx.numbers = numbers
         ctx.mark_non_differentiable(*out[1:])
@@ -154,7 +154,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor):
         saved = ctx.saved_tensors
-        student, teacher, rows, sums = saved[:5], saved[5:11], saved[11:14], saved[14]
+        student, teacher, rows, sums = saved[:5], saved[5:11], saved[11:15], saved[15]
         numbers = ctx.numbers
         with torch.no_grad():
             upstream = grad_loss.to(sums.dtype)
@@ -165,7 +165,7 @@ class LinearFunction(torch.autograd.Function):
             ]
         sources = [x for x in student[:3] if x is not None]
         grads = [None if g is None else _first_order(g, *sources, grad_loss) for g in grads]
-        return None, *grads, *[None] * 11
+        return None, *grads, *[None] * 12
 
 
 class LinearMeanFunction(torch.autograd.Function):
@@ -180,10 +180,10 @@ class LinearMeanFunction(torch.autograd.Function):
         numbers: LinearNumbers,
         *tensors: Tensor | None,
     ):
-        student, teacher, rows = tensors[:5], tensors[5:11], tensors[11:14]
-        weights, denominator, upstream = tensors[14:]
+        student, teacher, rows = tensors[:5], tensors[5:11], tensors[11:15]
+        weights, denominator, upstream = tensors[15:]
         sums, *grads = _walk(student, teacher, rows, upstream, None, numbers)
-        out = algebra.losses(*(sums, *rows), numbers.labelled, numbers.metrics)
+        out = algebra.losses(*(sums, *rows[:3]), numbers.labelled, numbers.metrics)
         reduced = _reduction.total(out[0], weights, denominator)
         # what has a gradient, for _first_order; the rest is not needed any more
         sources = [x for x, want in zip(student[:3], numbers.wanted, strict=True) if want]
@@ -203,7 +203,7 @@ class LinearMeanFunction(torch.autograd.Function):
                 for g, dtype, want in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
             ]
         grads = [None if g is None else _first_order(g, *sources, grad) for g in grads]
-        return None, *grads, *[None] * 14
+        return None, *grads, *[None] * 15
 
 
 class LinearNumbers(NamedTuple):
@@ -213,7 +213,6 @@ class LinearNumbers(NamedTuple):
     teacher_dtype: torch.dtype | None
     V: int
     labelled: bool
-    teacher_support: bool
     metrics: bool
     wanted: tuple[bool, bool, bool]
     may_skip: bool
@@ -226,6 +225,6 @@ def _walk(student, teacher, rows, upstream, sums, numbers):
     return backends.linear(
         *(*student, numbers.student_dtype, *teacher_head, numbers.teacher_dtype, teacher_logits),
         *(*rows, upstream, sums),
-        *(numbers.V, numbers.labelled, numbers.teacher_support, numbers.metrics),
+        *(numbers.V, numbers.labelled, numbers.metrics),
         *(list(numbers.wanted), numbers.may_skip, numbers.chunk_bytes, numbers.backend),
     )

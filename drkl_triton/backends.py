@@ -75,6 +75,13 @@ def _check_labels(labels, weight, ignore_index, V, shift):
         )
 
 
+def _as_written(filter_value, logits):
+    """The number that the dtype of the logits has in its place: -1e9 is -998244352 in bfloat16."""
+    if filter_value is None or logits is None:
+        return filter_value
+    return filter_value.to(logits.dtype).to(filter_value.dtype)
+
+
 @row_labels.register_fake
 def _(like, labels, weight, ignore_index, V, shift, strict, backend):
     return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
@@ -84,12 +91,12 @@ def _(like, labels, weight, ignore_index, V, shift, strict, backend):
     f"{NAMESPACE}::divergence",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? weight, Tensor? num_items, SymInt V, bool labelled, bool teacher_support, "
+    "Tensor? filter_value, Tensor? weight, Tensor? num_items, SymInt V, bool labelled, "
     "bool metrics, str reduction, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def divergence(
-    student, teacher, label, inv_temperature, gamma, weight, num_items, V, labelled,
-    teacher_support, metrics, reduction, backend,
+    student, teacher, label, inv_temperature, gamma, filter_value, weight, num_items, V, labelled,
+    metrics, reduction, backend,
 ):  # fmt: skip
     """(sums [9, N], the loss [N] or reduced, its denominator, the fields of RowMetrics [6, N]); of
     the last two no elements where there is none. label, weight [N].
@@ -101,7 +108,7 @@ def divergence(
         label,
         inv_temperature,
         V,
-        teacher_support=teacher_support,
+        filter_value=_as_written(filter_value, teacher),
         entropy=metrics,
     )
     sums, loss, denominator, fields = launchers.row_losses(
@@ -115,8 +122,8 @@ def divergence(
 
 @divergence.register_fake
 def _(
-    student, teacher, label, inv_temperature, gamma, weight, num_items, V, labelled,
-    teacher_support, metrics, reduction, backend,
+    student, teacher, label, inv_temperature, gamma, filter_value, weight, num_items, V, labelled,
+    metrics, reduction, backend,
 ):  # fmt: skip
     N, empty = label.numel(), inv_temperature.new_empty
     denominator = empty(()) if reduction == "mean" and num_items is None else empty(0)
@@ -128,12 +135,12 @@ def _(
     f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? weight, Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, bool labelled, "
-    "bool teacher_support, str backend) -> Tensor",
+    "Tensor? filter_value, Tensor? weight, Tensor? denominator, Tensor sums, Tensor upstream, "
+    "SymInt V, bool labelled, str backend) -> Tensor",
 )
 def divergence_backward(
-    student, teacher, label, inv_temperature, gamma, weight, denominator, sums, upstream, V,
-    labelled, teacher_support, backend,
+    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, sums,
+    upstream, V, labelled, backend,
 ):  # fmt: skip
     """The gradient of the student's logits, contiguous. upstream [N] or 0-dim."""
     launchers = _implementation(backend)
@@ -147,15 +154,15 @@ def divergence_backward(
         inv_temperature,
         table,
         V,
-        teacher_support=teacher_support,
+        filter_value=_as_written(filter_value, teacher),
     )
     return out.view(student.shape)
 
 
 @divergence_backward.register_fake
 def _(
-    student, teacher, label, inv_temperature, gamma, weight, denominator, sums, upstream, V,
-    labelled, teacher_support, backend,
+    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, sums,
+    upstream, V, labelled, backend,
 ):  # fmt: skip
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
@@ -208,13 +215,13 @@ def _(logits, grad, inv_temperature, state, log, backend):
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_scale, Tensor? teacher_softcap, ScalarType? teacher_dtype, "
     "Tensor? teacher_logits, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? upstream, Tensor? sums, SymInt V, bool labelled, bool teacher_support, bool entropy, "
+    "Tensor? filter_value, Tensor? upstream, Tensor? sums, SymInt V, bool labelled, bool entropy, "
     "bool[] wanted, bool may_skip, SymInt? chunk_bytes, str backend) -> Tensor[]",
 )
 def linear(
     student_hidden, student_weight, student_bias, student_scale, student_softcap, student_dtype,
     teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, teacher_dtype,
-    teacher_logits, label, inv_temperature, gamma, upstream, sums, V, labelled, teacher_support,
+    teacher_logits, label, inv_temperature, gamma, filter_value, upstream, sums, V, labelled,
     entropy, wanted, may_skip, chunk_bytes, backend,
 ):  # fmt: skip
     """[sums [9, N], d hidden, d weight, d bias] (slices.walk), in the accumulator's dtype; with
@@ -236,9 +243,9 @@ def linear(
     with _no_autocast(label.device.type):
         found, dhidden, *others = slices.walk(
             slices.Loss(
-                _implementation(backend), inv_temperature, gamma, V, labelled, teacher_support,
-                entropy,
-            ),
+                _implementation(backend), inv_temperature, gamma,
+                _as_written(filter_value, teacher_logits), V, labelled, entropy,
+            ),  # fmt: skip
             head(
                 student_hidden, student_weight, student_bias, student_scale, student_softcap,
                 student_dtype,
@@ -262,7 +269,7 @@ def linear(
 def _(
     student_hidden, student_weight, student_bias, student_scale, student_softcap, student_dtype,
     teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, teacher_dtype,
-    teacher_logits, label, inv_temperature, gamma, upstream, sums, V, labelled, teacher_support,
+    teacher_logits, label, inv_temperature, gamma, filter_value, upstream, sums, V, labelled,
     entropy, wanted, may_skip, chunk_bytes, backend,
 ):  # fmt: skip
     shapes = [
@@ -290,7 +297,7 @@ def count_flops():
 def _linear_flops(*args, out_val=None, **kwargs):
     """Of the matrix products: both models' logits, d hidden and d weight."""
     hidden, teacher_hidden = args[0], args[6]
-    upstream, sums, V, wanted = args[16], args[17], args[18], args[22]
+    upstream, sums, V, wanted = args[17], args[18], args[19], args[22]
     products = (sums is None or upstream is not None) + sum(wanted[:2]) * (upstream is not None)
     width = hidden.shape[-1] * products
     if teacher_hidden is not None:

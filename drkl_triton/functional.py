@@ -100,6 +100,7 @@ def reverse_kl(
     shift: bool = False,
     vocab_mismatch: str = "error",
     support: str = "full",
+    filter_value: float = float("-inf"),
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
@@ -132,8 +133,11 @@ def reverse_kl(
             last row is ignored (also without labels). Nothing is sliced or copied.
         vocab_mismatch: ``"error"``, or ``"truncate"``: columns beyond the smaller vocabulary are
             left out of both distributions and get gradient 0.
-        support: ``"full"``, or ``"teacher"``: columns where the teacher is -inf are left out of
-            both distributions.
+        support: ``"full"``, or ``"teacher"``: columns that the teacher's logits leave out are left
+            out of both distributions.
+        filter_value: with ``support="teacher"``, the largest logit that means left out: what the
+            mask was filled with, before the temperature (-1e4, -1e9 or ``torch.finfo(dtype).min``,
+            as it is in the teacher's dtype), or anything between it and the real logits.
         backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
         return_metrics: also return :class:`RowMetrics`, detached, from the same scan.
 
@@ -166,6 +170,7 @@ def reverse_kl(
         shift=shift,
         vocab_mismatch=vocab_mismatch,
         support=support,
+        filter_value=filter_value,
         backend=backend,
         return_metrics=return_metrics,
     )
@@ -203,6 +208,7 @@ def drkl(
     shift: bool = False,
     vocab_mismatch: str = "error",
     support: str = "full",
+    filter_value: float = float("-inf"),
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
@@ -225,7 +231,7 @@ def drkl(
             gradient).
 
     All other arguments, the result and the errors are those of :func:`reverse_kl`. With
-    ``support="teacher"`` and a teacher at -inf on the label, the target part is 0. Where the
+    ``support="teacher"`` and a teacher that leaves out the label, the target part is 0. Where the
     student is -inf at the label, the loss is ``-log(1 - p_y) + gamma N``; where it is finite at the
     label only, ``-log p_y``, with gradient 0.
     """
@@ -244,6 +250,7 @@ def drkl(
         shift=shift,
         vocab_mismatch=vocab_mismatch,
         support=support,
+        filter_value=filter_value,
         backend=backend,
         return_metrics=return_metrics,
     )
@@ -275,11 +282,11 @@ def _divergence(
         codes.view(-1),
         inv_temperature,
         gamma,
+        _reduction.filter_scalar(options, acc, student.device),
         None if weights is None else weights.view(-1),
         num_items,
         V,
         labels is not None,
-        options["support"] == "teacher",
         metrics,
         reduction,
         backend,

@@ -61,6 +61,7 @@ def linear_reverse_kl(
     shift: bool = False,
     vocab_mismatch: str = "error",
     support: str = "full",
+    filter_value: float = float("-inf"),
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
@@ -129,6 +130,7 @@ def linear_reverse_kl(
         reduction=reduction,
         shift=shift,
         support=support,
+        filter_value=filter_value,
         backend=backend,
         return_metrics=return_metrics,
     )
@@ -177,6 +179,7 @@ def linear_drkl(
     shift: bool = False,
     vocab_mismatch: str = "error",
     support: str = "full",
+    filter_value: float = float("-inf"),
     backend: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
@@ -204,6 +207,7 @@ def linear_drkl(
         reduction=reduction,
         shift=shift,
         support=support,
+        filter_value=filter_value,
         backend=backend,
         return_metrics=return_metrics,
     )
@@ -247,7 +251,6 @@ def _linear(
         teacher_dtype=teacher_dtype,
         V=V,
         labelled=labels is not None,
-        teacher_support=options["support"] == "teacher",
         metrics=metrics,
         wanted=tuple(wanted),
         may_skip=labels is not None or weight is not None or shift,
@@ -255,6 +258,7 @@ def _linear(
         backend=backend,
     )
     tensors = (*student, *teacher, teacher_logits, label, inv_temperature, gamma)
+    tensors += (_reduction.filter_scalar(options, acc, hidden.device),)
     if reduction == "none" or recompute or not any(wanted):
         rows, *fields = LinearFunction.apply(numbers, *tensors)
         loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)

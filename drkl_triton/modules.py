@@ -28,6 +28,7 @@ class _Options(nn.Module):
         shift: bool = False,
         vocab_mismatch: str = "error",
         support: str = "full",
+        filter_value: float = float("-inf"),
         backend: str = "auto",
         return_metrics: bool = False,
         **unknown: Any,
@@ -41,6 +42,7 @@ class _Options(nn.Module):
             reduction=reduction,
             shift=shift,
             support=support,
+            filter_value=filter_value,
             backend=backend,
             return_metrics=return_metrics,
         )

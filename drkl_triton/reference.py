@@ -76,6 +76,7 @@ def split(
     labels: Tensor,
     temperature: float | Tensor = 1.0,
     support: str = "full",
+    filter_value: float = -INF,
 ):
     """(target_kl, nontarget_kl, u): KL(b_q || b_p), N = KL(q^ || p^), and the log-odds u of q_y,
     each [...].
@@ -83,7 +84,7 @@ def split(
     labels [...] in [0, V). For rows whose parts are finite; ``reverse_kl`` and ``drkl`` decide the
     others.
     """
-    s, t = _on_support(student, teacher, support)
+    s, t = _on_support(student, teacher, support, filter_value, teacher.dtype)
     y = labels[..., None]
     rest = torch.arange(s.shape[-1], device=s.device) != y
     u, log_q_rest = _log_odds(s, y, rest, temperature)
@@ -133,8 +134,13 @@ def _times(weight: Tensor, x: Tensor, present: Tensor) -> Tensor:
     )
 
 
-def _on_support(s: Tensor, t: Tensor, support: str) -> tuple[Tensor, Tensor]:
-    return (torch.where(t == -INF, -INF, s), t) if support == "teacher" else (s, t)
+def _on_support(
+    s: Tensor, t: Tensor, support: str, filter_value: float, written_in: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if support != "teacher":
+        return s, t
+    absent = t <= torch.tensor(filter_value, dtype=written_in)
+    return torch.where(absent, -INF, s), torch.where(absent, -INF, t)
 
 
 def _divergence(
@@ -151,12 +157,13 @@ def _divergence(
     shift: bool = False,
     vocab_mismatch: str = "error",
     support: str = "full",
+    filter_value: float = -INF,
     return_metrics: bool = False,
 ):
     V = min(student.shape[-1], teacher.shape[-1])
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     s, t = student[..., :V].to(dtype), teacher[..., :V].detach().to(dtype)
-    s, t = _on_support(s, t, support)
+    s, t = _on_support(s, t, support, filter_value, teacher.dtype)
     if weight is None:
         weight = torch.ones(s.shape[:-1], dtype=dtype, device=s.device)
     y = torch.full(s.shape[:-1], -1, device=s.device) if labels is None else labels.long()

@@ -72,9 +72,9 @@ class Loss(NamedTuple):
     launchers: object  # the module of a backend
     inv_temperature: Tensor
     gamma: Tensor | None
+    filter_value: Tensor | None
     V: int
     labelled: bool
-    teacher_support: bool
     entropy: bool
 
     def sums(self, s: Tensor, t: Tensor, label: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Loss(NamedTuple):
             label,
             self.inv_temperature,
             self.V,
-            teacher_support=self.teacher_support,
+            filter_value=self.filter_value,
             entropy=self.entropy,
         )
 
@@ -112,7 +112,7 @@ class Loss(NamedTuple):
             self.inv_temperature,
             table,
             self.V,
-            teacher_support=self.teacher_support,
+            filter_value=self.filter_value,
             out=out,
         )
 

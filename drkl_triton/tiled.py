@@ -186,7 +186,7 @@ def row_sums(
     inv_temperature: Tensor,
     V: int,
     *,
-    teacher_support: bool = False,
+    filter_value: Tensor | None = None,
     entropy: bool = False,
 ) -> Tensor:
     """The table of sums [9, N] (kernels/row_sums.py). Rows that are not read hold 0."""
@@ -200,13 +200,13 @@ def row_sums(
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
             args = label[rows] - c, scale, scratch.tiles(*s.shape)
-            part = _sum_carefully(s, t, *args, teacher_support, entropy)
+            part = _sum_carefully(s, t, *args, filter_value, entropy)
             sums[:, rows] = part if c == 0 else merge(sums[:, rows], part, inv_temperature)
 
     if device.type != "cpu":  # there, looking at a number would stall the device
         spread(carefully, 3)
         return torch.where(unread, 0.0, sums)
-    if teacher_support or V < 2 or not float(inv_temperature) > 1e-30:
+    if filter_value is not None or V < 2 or not float(inv_temperature) > 1e-30:
         spread(carefully, 3, skipped=unread)
         return sums
 
@@ -282,13 +282,15 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
     return torch.where(inside, x.gather(-1, column)[..., 0], -INF)
 
 
-def _sum_carefully(s, t, label, scale, buffers, teacher_support, entropy):
+def _sum_carefully(s, t, label, scale, buffers, filter_value, entropy):
     """Sums [9, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
     x, z, ratio = buffers
     x.copy_(s)
     z.copy_(t)
-    if teacher_support:
-        x.masked_fill_(z == -INF, -INF)
+    if filter_value is not None:
+        absent = z <= filter_value
+        for b in (x, z):
+            b.masked_fill_(absent, -INF)
     at_label = [_at_label(b, label) for b in (x, z)]
     for b in (x, z):  # the label's column is not part of the sums
         _leave_out(b, label, -INF)
@@ -317,7 +319,7 @@ def row_grad(
     scalars: Tensor,
     V: int,
     *,
-    teacher_support: bool = False,
+    filter_value: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient [N, columns of the student] from the table of scalars (kernels/row_grad.py).
@@ -336,7 +338,7 @@ def row_grad(
     scale = inv_temperature * LOG2E
     # Elsewhere than on the CPU, looking at a number would stall the device.
     any_of = torch.any if on_cpu else lambda flags: True
-    careful, shifted = (care != 0) | teacher_support, shift != 0
+    careful, shifted = (care != 0) | (filter_value is not None), shift != 0
 
     def work(rows, scratch):
         for c, e in scratch.spans:
@@ -344,8 +346,8 @@ def row_grad(
             x, z = scratch.tiles(*s.shape)
             _minus(s, m_s[rows], x)
             _minus(t, m_t[rows], z)
-            if teacher_support:
-                x.masked_fill_(t == -INF, -INF)
+            if filter_value is not None:
+                x.masked_fill_(t <= filter_value, -INF)
             torch.sub(x, z, out=z).mul_(w1[rows]).add_(w0[rows])
             x.mul_(scale)
             if any_of(shifted[rows]):

@@ -54,25 +54,25 @@ def gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL: tl.constexpr, OUT: t
 @triton.jit
 def grad_tiles(
     s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    TEACHER_SUPPORT: tl.constexpr, CAREFUL: tl.constexpr,
+    filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The tiles first ... last - 1, without ``picked`` if that is one of them."""
     UNROLL: tl.constexpr = 1 if CAREFUL else 2
     for i in tl.range(first, last - mine.to(tl.int32), loop_unroll_factor=UNROLL):
         tile = i + (i >= picked).to(tl.int32)
-        s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
+        s, t = load_whole_pair(s_body, t_body, tile, filter_value, LANES, VEC, ACC, ALIGNED)
         g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL, d_body.dtype.element_ty)
         tl.store(d_body + tile_offsets(tile, LANES, VEC, ALIGNED), g)
 
 
 @triton.jit
 def grad_part(
-    s_ptr, t_ptr, d_ptr, offs, mask, scale, m_s, m_t, shift, w1, w0,
-    ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+    s_ptr, t_ptr, d_ptr, offs, mask, scale, m_s, m_t, shift, w1, w0, filter_value,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The columns under the mask."""
-    s, t = load_pair(s_ptr, t_ptr, offs, mask, ACC, TEACHER_SUPPORT)
+    s, t = load_pair(s_ptr, t_ptr, offs, mask, filter_value, ACC)
     g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, True, d_ptr.dtype.element_ty)
     tl.store(d_ptr + offs, g, mask=mask)
 
@@ -97,11 +97,11 @@ def store_zeros(
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
 def row_grad_kernel(
-    student_ptr, teacher_ptr, label_ptr, scale_ptr, scalars_ptr, dstudent_ptr,
+    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, scalars_ptr, dstudent_ptr,
     stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
     stride_d: tl.int64, inner_s, inner_t, V,
     LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # Invariant: every column below V is written by exactly one program, once.
     row = tl.program_id(0).to(tl.int64)
@@ -119,6 +119,9 @@ def row_grad_kernel(
         w0 = tl.load(scalars_ptr + 4 * N)
         label = tl.load(label_ptr + row).to(tl.int32)
         scale = tl.load(scale_ptr).to(ACC) * LOG2E
+        filter_value = None
+        if filter_ptr is not None:
+            filter_value = tl.load(filter_ptr).to(ACC)
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
         s_body = body_pointer(s_row, head, ALIGNED)
@@ -129,32 +132,32 @@ def row_grad_kernel(
         mine = (label_tile >= first) & (label_tile < last)
         picked = tl.where(mine, label_tile, last)
 
-        if TEACHER_SUPPORT or tl.load(scalars_ptr + 6 * N) != 0.0:
+        if filter_ptr is not None or tl.load(scalars_ptr + 6 * N) != 0.0:
             grad_tiles(
                 s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-                LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, True,
+                filter_value, LANES, VEC, ACC, ALIGNED, True,
             )  # fmt: skip
         else:
             grad_tiles(
                 s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-                LANES, VEC, ACC, ALIGNED, False, False,
+                None, LANES, VEC, ACC, ALIGNED, False,
             )  # fmt: skip
         if mine:
             offs, mask = vectors(picked, body, skip, LANES, VEC, ALIGNED)
             grad_part(
                 s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
-                ACC, TEACHER_SUPPORT,
+                filter_value, ACC,
             )  # fmt: skip
         if is_end:
             offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
             grad_part(
                 s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
-                ACC, TEACHER_SUPPORT,
+                filter_value, ACC,
             )  # fmt: skip
             cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
             grad_part(
                 s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
-                ACC, TEACHER_SUPPORT,
+                filter_value, ACC,
             )  # fmt: skip
             if label >= 0:
                 at_label = tl.load(scalars_ptr + 5 * N)
@@ -169,7 +172,7 @@ def row_grad(
     scalars,
     V,
     *,
-    teacher_support=False,
+    filter_value=None,
     out=None,
     splits=None,
 ):
@@ -191,10 +194,9 @@ def row_grad(
     aligned = launch.equally_aligned(student, teacher, student.like(dstudent))
     with launch.on_device(label.device):
         row_grad_kernel[(N, tile.splits)](
-            student.tensor, teacher.tensor, label, inv_temperature, scalars, dstudent,
+            student.tensor, teacher.tensor, label, inv_temperature, filter_value, scalars, dstudent,
             *student.strides, *teacher.strides, dstudent.stride(0), student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
             ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned,
-            TEACHER_SUPPORT=teacher_support,
         )  # fmt: skip
     return dstudent

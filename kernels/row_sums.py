@@ -40,25 +40,31 @@ FIELDS: tl.constexpr = tl.constexpr(9)
 
 
 @triton.jit
-def load_pair(s_ptr, t_ptr, offs, mask, ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr):
-    """Both tiles in the accumulator's dtype; a masked column is -inf in both, which is absent."""
-    s = load_tile(s_ptr + offs, mask, float("-inf"), ACC)
-    t = load_tile(t_ptr + offs, mask, float("-inf"), ACC)
-    if TEACHER_SUPPORT:
-        s = tl.where(t == float("-inf"), float("-inf"), s)
+def on_support(s, t, filter_value):
+    """Both -inf, which is absent, where the teacher's logit is at most ``filter_value``."""
+    if filter_value is not None:
+        absent = t <= filter_value
+        s = tl.where(absent, float("-inf"), s)
+        t = tl.where(absent, float("-inf"), t)
     return s, t
 
 
 @triton.jit
+def load_pair(s_ptr, t_ptr, offs, mask, filter_value, ACC: tl.constexpr):
+    """Both tiles in the accumulator's dtype; a masked column is -inf in both, which is absent."""
+    s = load_tile(s_ptr + offs, mask, float("-inf"), ACC)
+    t = load_tile(t_ptr + offs, mask, float("-inf"), ACC)
+    return on_support(s, t, filter_value)
+
+
+@triton.jit
 def load_whole_pair(
-    s_body, t_body, tile, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr,
+    s_body, t_body, tile, filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     s = load_vectors(s_body, tile, LANES, VEC, ACC, ALIGNED)
     t = load_vectors(t_body, tile, LANES, VEC, ACC, ALIGNED)
-    if TEACHER_SUPPORT:
-        s = tl.where(t == float("-inf"), float("-inf"), s)
-    return s, t
+    return on_support(s, t, filter_value)
 
 
 @triton.jit
@@ -69,13 +75,13 @@ def is_missing(s, t):
 
 @triton.jit
 def add_part(
-    m_s, d_s, a, h, m_t, d_t, care, s_ptr, t_ptr, offs, mask, scale,
-    ACC: tl.constexpr, TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
+    m_s, d_s, a, h, m_t, d_t, care, s_ptr, t_ptr, offs, mask, scale, filter_value,
+    ACC: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Load what the mask leaves, fold it into the lanes' state, and note in ``care`` the lanes
     where one of the two leaves out one of these columns.
     """
-    s, t = load_pair(s_ptr, t_ptr, offs, mask, ACC, TEACHER_SUPPORT)
+    s, t = load_pair(s_ptr, t_ptr, offs, mask, filter_value, ACC)
     absent = ((s == float("-inf")) & mask).to(tl.int32)
     care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(s, t)), axis=1))
     m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, True)
@@ -85,8 +91,8 @@ def add_part(
 @triton.jit
 def sum_uneven_parts(
     s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
+    filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The lanes' state after all that takes a mask: tile ``picked`` without the label's vector and,
     where is_end, the body's last tile and the ends. Last comes ``care`` [LANES].
@@ -96,19 +102,19 @@ def sum_uneven_parts(
     care = tl.zeros([LANES], tl.int32)
     offs, mask = vectors(picked, last * LANES, skip, LANES, VEC, ALIGNED)
     m_s, d_s, a, h, m_t, d_t, care = add_part(
-        m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
-        ACC, TEACHER_SUPPORT, ENTROPY,
+        m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale, filter_value,
+        ACC, ENTROPY,
     )  # fmt: skip
     if is_end:
         offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
         m_s, d_s, a, h, m_t, d_t, care = add_part(
             m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
-            ACC, TEACHER_SUPPORT, ENTROPY,
+            filter_value, ACC, ENTROPY,
         )  # fmt: skip
         cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
         m_s, d_s, a, h, m_t, d_t, care = add_part(
             m_s, d_s, a, h, m_t, d_t, care, s_row, t_row, cols, ends & (cols != label), scale,
-            ACC, TEACHER_SUPPORT, ENTROPY,
+            filter_value, ACC, ENTROPY,
         )  # fmt: skip
     return m_s, d_s, a, h, m_t, d_t, care
 
@@ -116,15 +122,15 @@ def sum_uneven_parts(
 @triton.jit
 def sum_row(
     s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr, CAREFUL: tl.constexpr,
+    filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    ENTROPY: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The row's sums (m_s, d_s, a, h, m_t, d_t), and ``care``. Not CAREFUL: care > 0 says that the
     sums are wrong, because a logit is infinite or NaN, or a difference of logits has no sum.
     """
     m_s, d_s, a, h, m_t, d_t, care = sum_uneven_parts(
         s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-        LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY,
+        filter_value, LANES, VEC, ACC, ALIGNED, ENTROPY,
     )  # fmt: skip
     stop = last - 1
     if not CAREFUL:
@@ -139,9 +145,9 @@ def sum_row(
         # two tiles at a time: their loads wait together, and what a lane costs is halved
         for i in range(first, stop - 1, 2):
             tile = i + (i >= picked).to(tl.int32)
-            s0, t0 = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
+            s0, t0 = load_whole_pair(s_body, t_body, tile, None, LANES, VEC, ACC, ALIGNED)
             tile = i + 1 + (i + 1 >= picked).to(tl.int32)
-            s1, t1 = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, False)
+            s1, t1 = load_whole_pair(s_body, t_body, tile, None, LANES, VEC, ACC, ALIGNED)
             s, t = beside(s0, s1), beside(t0, t1)
             m_s, d_s, a, h, m_t, d_t = add_tile(
                 m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, False
@@ -149,9 +155,9 @@ def sum_row(
         first += (stop - first) // 2 * 2
     for i in range(first, stop):
         tile = i + (i >= picked).to(tl.int32)
-        s, t = load_whole_pair(s_body, t_body, tile, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT)
+        s, t = load_whole_pair(s_body, t_body, tile, filter_value, LANES, VEC, ACC, ALIGNED)
         m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, CAREFUL)
-        if CAREFUL and not TEACHER_SUPPORT:
+        if CAREFUL and filter_value is None:
             care = tl.maximum(care, tl.max(is_missing(s, t), axis=1))
     m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
     care = tl.max(care, axis=0)
@@ -177,18 +183,22 @@ def store_sums(ptr, stride_f, m_s, d_s, a, h, m_t, d_t, care):
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
 def row_sums_kernel(
-    student_ptr, teacher_ptr, label_ptr, scale_ptr, sums_ptr,
+    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, sums_ptr,
     stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
     inner_s, inner_t, V,
     LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, TEACHER_SUPPORT: tl.constexpr, ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
+    # filter_ptr None: support="full"
     # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
     # never.
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
+    filter_value = None
+    if filter_ptr is not None:
+        filter_value = tl.load(filter_ptr).to(ACC)
     sums_ptr += tl.program_id(1).to(tl.int64) * FIELDS * N + row
 
     if (label != IGNORED) & (label != INVALID):
@@ -202,22 +212,22 @@ def row_sums_kernel(
         # One tile goes before the others: the label's, which takes a mask, or any.
         picked = tl.where((label_tile >= first) & (label_tile < last), label_tile, first)
         if is_end:
-            s_label, t_label = load_pair(s_row, t_row, label, label >= 0, ACC, TEACHER_SUPPORT)
+            s_label, t_label = load_pair(s_row, t_row, label, label >= 0, filter_value, ACC)
             tl.store(sums_ptr + 6 * N, s_label)
             tl.store(sums_ptr + 7 * N, t_label)
 
-        if TEACHER_SUPPORT:  # a teacher with -inf is what it is for
+        if filter_ptr is not None:  # a teacher with -inf is what it is for
             care = 1
         else:
             m_s, d_s, a, h, m_t, d_t, care = sum_row(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, LANES, VEC, ACC, ALIGNED, False, ENTROPY, False,
+                is_end, scale, None, LANES, VEC, ACC, ALIGNED, ENTROPY, False,
             )  # fmt: skip
             store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
         if care != 0:
             cm_s, cd_s, ca, ch, cm_t, cd_t, care = sum_row(
                 s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, LANES, VEC, ACC, ALIGNED, TEACHER_SUPPORT, ENTROPY, True,
+                is_end, scale, filter_value, LANES, VEC, ACC, ALIGNED, ENTROPY, True,
             )  # fmt: skip
             store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, care)
     else:
@@ -260,12 +270,13 @@ def row_sum_parts(
     inv_temperature,
     V,
     *,
-    teacher_support=False,
+    filter_value=None,
     entropy=False,
     splits=None,
 ):
     """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
-    [N]; inv_temperature 0-dim. Returns the sums of every program's share, [splits, 9, N].
+    [N]; inv_temperature 0-dim; filter_value 0-dim: leave out the columns where the teacher's logit
+    is at most this. Returns the sums of every program's share, [splits, 9, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     programs = tuning.SCAN_PROGRAMS_PER_SM
@@ -274,11 +285,11 @@ def row_sum_parts(
     if N:
         with launch.on_device(label.device):
             row_sums_kernel[(N, tile.splits)](
-                student.tensor, teacher.tensor, label, inv_temperature, parts,
+                student.tensor, teacher.tensor, label, inv_temperature, filter_value, parts,
                 *student.strides, *teacher.strides, student.inner, teacher.inner, V,
                 LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
                 ALIGNED=launch.equally_aligned(student, teacher),
-                TEACHER_SUPPORT=teacher_support, ACC=launch.TL_DTYPE[acc], ENTROPY=entropy,
+                ACC=launch.TL_DTYPE[acc], ENTROPY=entropy,
             )  # fmt: skip
     return parts
 

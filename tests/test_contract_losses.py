@@ -500,15 +500,21 @@ def masked_teacher():
     return s, t, kept[where], gone, where
 
 
+LOWEST = torch.finfo(torch.float64).min
+
+
+@pytest.mark.parametrize("mask", [-INF, LOWEST])
 @pytest.mark.parametrize("fill", [None, NAN, INF, -INF])
-def test_teacher_support_is_dropping_the_columns(loss, fill):
+def test_teacher_support_is_dropping_the_columns(loss, fill, mask):
     s, t, y, gone, where = masked_teacher()
+    t[:, gone] = mask
+    t[0, gone] = -INF  # whatever the filter
     if fill is not None:
         s[:, gone] = fill  # what is left out of both is not looked at
     options = dict(
         reduction="none", return_metrics=True, temperature=0.8, upstream=torch.randn(6).double()
     )
-    out, grad = run(loss, s, t, y, support="teacher", **options)
+    out, grad = run(loss, s, t, y, support="teacher", filter_value=mask, **options)
     expected, expected_grad = run(loss, s[:, ~gone], t[:, ~gone], where, **options)
     close(out, expected)
     close(grad[:, ~gone], expected_grad)
@@ -537,10 +543,40 @@ def test_teacher_support_without_the_label(loss, case, fill):
     close(metrics.student_entropy, -(p := reference.softmax(rest[0])).xlogy(p).sum(-1))
 
 
-def test_teacher_support_of_nothing(loss):
+@pytest.mark.parametrize("teacher", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask", [-1e4, -1e9, "lowest"])
+def test_filter_value_is_what_the_teachers_dtype_makes_of_it(loss, teacher, mask):
+    """-1e9 is -998244352 in bfloat16, which is more, and -inf in float16."""
+    mask = torch.finfo(teacher).min if mask == "lowest" else mask
+    s, t, y, gone, _ = masked_teacher()
+    s, t = s.float(), t.to(teacher)
+    options = dict(support="teacher", reduction="none")
+    expected = run(loss, s, t, y, **options)
+    assert expected[0].isfinite().all()
+    t[:, gone] = torch.tensor(mask).to(teacher)
+    same(run(loss, s, t, y, filter_value=mask, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(filter_value=-1e9), ValueError, 'pass support="teacher"'),
+        (dict(filter_value=INF, support="teacher"), ValueError, "below"),
+        (dict(filter_value=NAN, support="teacher"), ValueError, "below"),
+        (dict(filter_value=torch.tensor(-1.0), support="teacher"), TypeError, "number"),
+        (dict(filter_value=None), TypeError, "number"),
+    ],
+)
+def test_filter_values_that_are_none(loss, options, error, message):
+    with pytest.raises(error, match=message):
+        loss(*data(3), **options)
+
+
+@pytest.mark.parametrize("mask", [-INF, -1e9])
+def test_teacher_support_of_nothing(loss, mask):
     s, t, y = data(3)
-    t[1] = -INF
-    value, grad = run(loss, s, t, y, support="teacher", reduction="none")
+    t[1] = mask
+    value, grad = run(loss, s, t, y, support="teacher", filter_value=mask, reduction="none")
     assert value.isnan().tolist() == [False, True, False]
     assert grad.isnan().all(-1).tolist() == [False, True, False]
 

@@ -142,6 +142,7 @@ OPTIONS = {
     "teacher_logits, strided": {"given": "strided"},
     "teacher_logits, softcap": {"given": "plain", "softcap": 4.0},
     "support": {"given": "masked", "support": "teacher"},
+    "finite mask": {"given": "finite mask", "support": "teacher", "filter_value": -1e9},
     "masked teacher": {"given": "masked"},
 }
 GIVEN = {
@@ -150,6 +151,7 @@ GIVEN = {
     "expanded": lambda x: x[:1].expand(B, T, -1),
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "masked": lambda x: x.masked_fill(x < x.quantile(0.2), -torch.inf),
+    "finite mask": lambda x: x.masked_fill(x < x.quantile(0.2), -1e9),
 }
 
 

@@ -30,7 +30,7 @@ __all__ = ["DRKLConfig", "DRKLTrainer", "generalized_jsd_loss"]
 # Taken at import, so that it stays TRL's when a caller puts ours in its place.
 _trl_jsd = GKDTrainer.generalized_jsd_loss
 # Options of reverse_kl that a caller may pass beside TRL's own arguments.
-_FUSED_OPTIONS = frozenset({"backend", "support", "vocab_mismatch"})
+_FUSED_OPTIONS = frozenset({"backend", "filter_value", "support", "vocab_mismatch"})
 # The fields of RowMetrics that DRKLTrainer logs.
 _LOGGED = (
     "student_entropy",
@@ -91,8 +91,9 @@ def generalized_jsd_loss(
         num_items_in_batch: number, or tensor of one element on any device; where given, the result
             is sum / num_items_in_batch, whatever ``reduction`` says. A tensor of several elements
             goes to TRL's function.
-        kwargs: ``backend``, ``support``, ``vocab_mismatch`` of :func:`drkl_triton.reverse_kl`, for
-            calls that are fused. With any other the call goes to TRL's function.
+        kwargs: ``backend``, ``filter_value``, ``support``, ``vocab_mismatch`` of
+            :func:`drkl_triton.reverse_kl`, for calls that are fused. With any other the call goes
+            to TRL's function.
 
     Returns:
         0-dim loss in nats. Fused, it is float32 (float64 where either side is float64) also for
