@@ -3,6 +3,7 @@ where it applies.
 """
 
 import importlib
+import re
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ import triton.language as tl
 from bounds import excess
 
 import drkl_triton
-from drkl_triton import algebra, kernels, tiled
+from drkl_triton import algebra, backends, drkl, kernels, tiled
 from drkl_triton._layout import rows_of
 from drkl_triton.kernels import tuning
 from drkl_triton.kernels.row_walk import cut_row
@@ -364,3 +365,35 @@ def test_splits_fill_the_card(tiles, places):
         assert splits[places + 1] > 1
         for N in range(places // tiles + 1, places):  # one wave, enough for all of the bandwidth
             assert N * splits[N] > 0.35 * places
+
+
+# Of PyTorch's operators, those that allocate or look at memory another way.
+NO_LAUNCH = "empty|as_strided|view|reshape|expand|slice|select|detach|alias|promote_types"
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_items=7.0), dict(reduction="sum", shift=True)])
+def test_launches_of_a_step(options, monkeypatch):
+    """As on a GPU: the kernels, and PyTorch's operators on tensors that are not empty. 213 were the
+    arithmetic of rows alone, once; they took as long as both kernels at V = 32,000.
+    """
+    kernels_launched = []
+    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
+    monkeypatch.setattr(executor, "__call__", lambda self, *a, **k: kernels_launched.append(self))
+    monkeypatch.setattr(kernels.launch, "new_output", lambda *of: torch.empty(of[0], dtype=of[1]))
+    monkeypatch.setattr(backends, "_check_labels", lambda *args: None)  # on the CPU alone
+    s, t = torch.randn(2, 3, 500).requires_grad_(), torch.randn(2, 3, 500)
+    y = torch.ones(2, 3).int()
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], record_shapes=True) as profile:
+        loss = drkl(s, t, y, backend="triton", **options)
+        loss.backward()
+    operators = [
+        event.name
+        for event in profile.events()
+        if re.fullmatch(r"aten::\w+", event.name)
+        and not event.cpu_children
+        and not re.fullmatch(rf"aten::_?({NO_LAUNCH})\w*", event.name)
+        and not any(0 in shape for shape in event.input_shapes)
+    ]
+    assert len(kernels_launched) >= 5 and s.grad is not None
+    assert len(kernels_launched) + len(operators) <= 12, operators
