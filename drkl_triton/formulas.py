@@ -34,7 +34,6 @@ PER_UNIT = 2.0**24
 MISSING = 2  # the scan's care: the teacher is -inf at a column where the student is finite
 
 INF = float("inf")
-NAN = float("nan")
 
 
 class tl:
@@ -121,7 +120,7 @@ def log_sigmoid(x):
 
 
 def clean(x, is_nan, ignored):
-    return tl.where(ignored, 0.0, tl.where(is_nan, NAN, x))
+    return tl.where(ignored, 0.0, tl.where(is_nan, float("nan"), x))
 
 
 def losses(
