@@ -21,7 +21,11 @@ class Options(TypedDict, total=False):
     backend: str
 
 
-class DRKLOptions(Options, total=False):
+class LogitsOptions(Options, total=False):
+    gradient_in_forward: bool
+
+
+class DRKLOptions(LogitsOptions, total=False):
     gamma: float | Tensor
 
 
@@ -39,5 +43,5 @@ class LinearOptions(Options, total=False):
     recompute: bool
 
 
-class LinearDRKLOptions(LinearOptions, DRKLOptions, total=False):
-    pass
+class LinearDRKLOptions(LinearOptions, total=False):
+    gamma: float | Tensor

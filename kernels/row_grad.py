@@ -15,13 +15,14 @@ import triton.language as tl
 
 from . import launch, tuning
 from .online_softmax import LOG2E
-from .row_sums import load_pair, load_whole_pair
+from .row_sums import load_filter, load_pair, load_whole_pair
 from .row_walk import (
     body_pointer,
     cut_row,
     end_columns,
     label_place,
     row_pointer,
+    share_of_row,
     split_tiles,
     tile_offsets,
     vectors,
@@ -79,13 +80,13 @@ def grad_part(
 
 @triton.jit
 def store_zeros(
-    row_ptr, head, body, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr,
+    row_ptr, head, body, V, split, splits,
+    LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Zero this program's share of a row."""
+    """Zero a share of a row."""
     ptr = body_pointer(row_ptr, head, ALIGNED)
     zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
-    first, last, is_end = split_tiles(body, LANES, SPLIT)
+    first, last, is_end = split_tiles(body, split, splits, LANES)
     for i in range(first, last):
         tl.store(ptr + tile_offsets(i, LANES, VEC, ALIGNED), zeros)
     if is_end:
@@ -93,6 +94,53 @@ def store_zeros(
         tl.store(ptr + offs, zeros, mask=mask)
         cols, ends = end_columns(head, body, -1, V, LANES, VEC, ALIGNED)
         tl.store(row_ptr + cols, tl.zeros([LANES, 1], row_ptr.dtype.element_ty), mask=ends)
+
+
+@triton.jit
+def grad_share(
+    student_ptr, teacher_ptr, d_row, row, head, body, label, scale, filter_value,
+    m_s, m_t, shift, w1, w0, at_label, care,
+    stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Write one of the row's shares of the gradient, which is not 0 everywhere."""
+    s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
+    t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
+    s_body = body_pointer(s_row, head, ALIGNED)
+    t_body = body_pointer(t_row, head, ALIGNED)
+    d_body = body_pointer(d_row, head, ALIGNED)
+    skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
+    first, last, is_end = split_tiles(body, split, splits, LANES)
+    mine = (label_tile >= first) & (label_tile < last)
+    picked = tl.where(mine, label_tile, last)
+
+    if filter_value is not None or care != 0.0:
+        grad_tiles(
+            s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
+            filter_value, LANES, VEC, ACC, ALIGNED, True,
+        )  # fmt: skip
+    else:
+        grad_tiles(
+            s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
+            None, LANES, VEC, ACC, ALIGNED, False,
+        )  # fmt: skip
+    if mine:
+        offs, mask = vectors(picked, body, skip, LANES, VEC, ALIGNED)
+        grad_part(
+            s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0, filter_value, ACC
+        )
+    if is_end:
+        offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
+        grad_part(
+            s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0, filter_value, ACC
+        )
+        cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
+        grad_part(
+            s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
+            filter_value, ACC,
+        )  # fmt: skip
+        if label >= 0:
+            tl.store(d_row + label, to_output(at_label, d_row.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -110,58 +158,24 @@ def row_grad_kernel(
     shift = tl.load(scalars_ptr + 2 * N)
     d_row = dstudent_ptr + row * stride_d
     head, body = cut_row(d_row, V, VEC, ALIGNED)
+    split, splits = share_of_row(SPLIT)
     if shift == float("inf"):
-        store_zeros(d_row, head, body, V, LANES, VEC, SPLIT, ALIGNED)
+        store_zeros(d_row, head, body, V, split, splits, LANES, VEC, ALIGNED)
     else:
         m_s = tl.load(scalars_ptr)
         m_t = tl.load(scalars_ptr + N)
         w1 = tl.load(scalars_ptr + 3 * N)
         w0 = tl.load(scalars_ptr + 4 * N)
+        at_label = tl.load(scalars_ptr + 5 * N)
+        care = tl.load(scalars_ptr + 6 * N)
         label = tl.load(label_ptr + row).to(tl.int32)
         scale = tl.load(scale_ptr).to(ACC) * LOG2E
-        filter_value = None
-        if filter_ptr is not None:
-            filter_value = tl.load(filter_ptr).to(ACC)
-        s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
-        t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
-        s_body = body_pointer(s_row, head, ALIGNED)
-        t_body = body_pointer(t_row, head, ALIGNED)
-        d_body = body_pointer(d_row, head, ALIGNED)
-        skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
-        first, last, is_end = split_tiles(body, LANES, SPLIT)
-        mine = (label_tile >= first) & (label_tile < last)
-        picked = tl.where(mine, label_tile, last)
-
-        if filter_ptr is not None or tl.load(scalars_ptr + 6 * N) != 0.0:
-            grad_tiles(
-                s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-                filter_value, LANES, VEC, ACC, ALIGNED, True,
-            )  # fmt: skip
-        else:
-            grad_tiles(
-                s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-                None, LANES, VEC, ACC, ALIGNED, False,
-            )  # fmt: skip
-        if mine:
-            offs, mask = vectors(picked, body, skip, LANES, VEC, ALIGNED)
-            grad_part(
-                s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
-                filter_value, ACC,
-            )  # fmt: skip
-        if is_end:
-            offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
-            grad_part(
-                s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0,
-                filter_value, ACC,
-            )  # fmt: skip
-            cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
-            grad_part(
-                s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
-                filter_value, ACC,
-            )  # fmt: skip
-            if label >= 0:
-                at_label = tl.load(scalars_ptr + 5 * N)
-                tl.store(d_row + label, to_output(at_label, dstudent_ptr.dtype.element_ty))
+        grad_share(
+            student_ptr, teacher_ptr, d_row, row, head, body, label, scale,
+            load_filter(filter_ptr, ACC), m_s, m_t, shift, w1, w0, at_label, care,
+            stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
+            LANES, VEC, ACC, ALIGNED,
+        )  # fmt: skip
 
 
 def row_grad(

@@ -32,6 +32,7 @@ from .row_walk import (
     load_tile,
     load_vectors,
     row_pointer,
+    share_of_row,
     split_tiles,
     vectors,
 )
@@ -181,26 +182,17 @@ def store_sums(ptr, stride_f, m_s, d_s, a, h, m_t, d_t, care):
     tl.store(ptr + 8 * stride_f, care.to(m_s.dtype))
 
 
-@triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
-def row_sums_kernel(
-    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, sums_ptr,
-    stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
-    inner_s, inner_t, V,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, ENTROPY: tl.constexpr,
+@triton.jit
+def sum_share(
+    student_ptr, teacher_ptr, sums_ptr, row, N, label, scale, filter_value,
+    stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
+    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
+    ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    # filter_ptr None: support="full"
+    """Store the sums of one of the row's shares; the last one's has the label's logits."""
     # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
     # never.
-    row = tl.program_id(0).to(tl.int64)
-    N = tl.num_programs(0).to(tl.int64)
-    label = tl.load(label_ptr + row).to(tl.int32)
-    scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    filter_value = None
-    if filter_ptr is not None:
-        filter_value = tl.load(filter_ptr).to(ACC)
-    sums_ptr += tl.program_id(1).to(tl.int64) * FIELDS * N + row
-
+    sums_ptr += split.to(tl.int64) * FIELDS * N + row
     if (label != IGNORED) & (label != INVALID):
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
@@ -208,7 +200,7 @@ def row_sums_kernel(
         s_body = body_pointer(s_row, head, ALIGNED)
         t_body = body_pointer(t_row, head, ALIGNED)
         skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
-        first, last, is_end = split_tiles(body, LANES, SPLIT)
+        first, last, is_end = split_tiles(body, split, splits, LANES)
         # One tile goes before the others: the label's, which takes a mask, or any.
         picked = tl.where((label_tile >= first) & (label_tile < last), label_tile, first)
         if is_end:
@@ -216,7 +208,7 @@ def row_sums_kernel(
             tl.store(sums_ptr + 6 * N, s_label)
             tl.store(sums_ptr + 7 * N, t_label)
 
-        if filter_ptr is not None:  # a teacher with -inf is what it is for
+        if filter_value is not None:  # a teacher with -inf is what it is for
             care = 1
         else:
             m_s, d_s, a, h, m_t, d_t, care = sum_row(
@@ -235,6 +227,35 @@ def row_sums_kernel(
         store_sums(sums_ptr, N, zero, zero, zero, zero, zero, zero, zero)
         tl.store(sums_ptr + 6 * N, zero)
         tl.store(sums_ptr + 7 * N, zero)
+
+
+@triton.jit
+def load_filter(filter_ptr, ACC: tl.constexpr):
+    """None, which is support="full", of None."""
+    if filter_ptr is None:
+        return None
+    else:
+        return tl.load(filter_ptr).to(ACC)
+
+
+@triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
+def row_sums_kernel(
+    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, sums_ptr,
+    stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
+    inner_s, inner_t, V,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
+    ALIGNED: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    N = tl.num_programs(0).to(tl.int64)
+    label = tl.load(label_ptr + row).to(tl.int32)
+    scale = tl.load(scale_ptr).to(ACC) * LOG2E
+    split, splits = share_of_row(SPLIT)
+    sum_share(
+        student_ptr, teacher_ptr, sums_ptr, row, N, label, scale, load_filter(filter_ptr, ACC),
+        stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
+        LANES, VEC, ACC, ALIGNED, ENTROPY,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["SPLITS"])

@@ -63,15 +63,21 @@ def label_place(label, head, body, LANES: tl.constexpr, VEC: tl.constexpr, ALIGN
 
 
 @triton.jit
-def split_tiles(body, LANES: tl.constexpr, SPLIT: tl.constexpr):
-    """(first, last, is_end): the unmasked tiles of this program along grid axis 1, and whether it
-    does the masked rest. SPLIT: whether there is more than one; how many is not compiled in, or
-    each number of rows in training would compile anew.
+def share_of_row(SPLIT: tl.constexpr):
+    """(split, splits): this program's place among those that share a row, along grid axis 1. SPLIT:
+    whether there is more than one; how many is not compiled in, or each number of rows in training
+    would compile anew.
+    """
+    return tl.program_id(1), tl.num_programs(1) if SPLIT else 1
+
+
+@triton.jit
+def split_tiles(body, split, splits, LANES: tl.constexpr):
+    """(first, last, is_end): the unmasked tiles of this share of the row, and whether the masked
+    rest is in it.
     """
     tiles = body // LANES
-    splits = tl.num_programs(1) if SPLIT else 1
     each = tl.cdiv(tiles, splits)
-    split = tl.program_id(1)
     first = tl.minimum(split * each, tiles)
     return first, tl.minimum(first + each, tiles), split == splits - 1
 
