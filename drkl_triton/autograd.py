@@ -95,12 +95,12 @@ class DivergenceFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, unused: Tensor):
         dstudent = None
         if ctx.needs_input_grad[0]:
-            student, *_, sums = ctx.saved_tensors
+            saved = ctx.saved_tensors  # once: activation checkpointing gives them out once
             with torch.no_grad():
                 dstudent = backends.divergence_backward(
-                    *ctx.saved_tensors, upstream.to(sums.dtype), *ctx.options
+                    *saved, upstream.to(saved[-1].dtype), *ctx.options
                 )
-            dstudent = _first_order(dstudent, student, upstream)
+            dstudent = _first_order(dstudent, saved[0], upstream)
         return dstudent, *[None] * 12
 
 

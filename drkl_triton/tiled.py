@@ -75,12 +75,14 @@ _madvise = _find_madvise()
 
 
 class _Scratch:
-    """Some buffers of one tile, handed out as [rows, columns]. Every thread has its own."""
+    """Some buffers of one tile, of up to ``height`` rows, handed out as [rows, columns]. Every
+    thread has its own.
+    """
 
-    def __init__(self, buffers: int, elements: int, V: int, dtype: torch.dtype, device):
+    def __init__(self, buffers: int, height: int, elements: int, V: int, dtype, device):
         count = max(1, -(-V // elements))
         self.spans = [(V * k // count, V * (k + 1) // count) for k in range(count)]
-        self._buffers = new_output((buffers, elements), dtype, device)
+        self._buffers = new_output((buffers, height * -(-V // count)), dtype, device)
 
     def tiles(self, rows: int, columns: int) -> list[Tensor]:
         return [b[: rows * columns].view(rows, columns) for b in self._buffers]
@@ -118,7 +120,7 @@ def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skip
     chunks = list(_chunks(N, height, operands, skipped))
     threads = min(threads, len(chunks))
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
-    scratches = [_Scratch(buffers, elements, V, acc, device) for _ in range(threads)]
+    scratches = [_Scratch(buffers, height, elements, V, acc, device) for _ in range(threads)]
 
     # These modes belong to a thread; a tensor made in one cannot be written outside of it.
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad

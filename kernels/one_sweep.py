@@ -112,7 +112,7 @@ def scale_kernel(x_ptr, factor_ptr, count, ACC: tl.constexpr, BLOCK: tl.constexp
         tl.store(x_ptr + offs, to_output(x, x_ptr.dtype.element_ty), mask=offs < count)
 
 
-SCALE_BLOCK = 4096
+SCALE_BLOCK = 2048
 
 
 def scale_(x, factor):

@@ -58,6 +58,16 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(tiled, "new_output", poisoned)
 
 
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """Eight times the lanes: long rows in an eighth of the interpreter's time."""
+    tuning = kernels.tuning
+    monkeypatch.setattr(tuning, "MAX_LANES", 8 * tuning.MAX_LANES)
+    tuning._choose.cache_clear()
+    yield
+    tuning._choose.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def memory_is_given_back(request):
     """Tests share the card with those of other processes."""

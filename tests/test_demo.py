@@ -405,6 +405,7 @@ def test_peak_memory_by_hand():
 
 def test_memory_saved_is_that_of_the_logits():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     config, cpu = model.ModelConfig(vocab=4096, width=8, layers=1, heads=2), torch.device("cpu")
     student, teacher = model.Transformer(config), model.Transformer(config).requires_grad_(False)
     tokens = torch.randint(4096, (2, 64))
@@ -418,8 +419,9 @@ def test_memory_saved_is_that_of_the_logits():
     ]
     # Three matrices [128, V]: the logits of both models and the gradient; against two [8, V].
     saved = 4 * (3 * 128 - 2 * 8) * 4096
+    scratch = 4 * 3 * 128 // 4 * 4096  # three tiles of a quarter of the rows
     for part in ("loss", "step"):
-        assert peaks[0][part] - peaks[1][part] == pytest.approx(saved, rel=0.1)
+        assert peaks[0][part] - peaks[1][part] == pytest.approx(saved + scratch, rel=0.1)
     assert all(peak["step"] > peak["loss"] > 0 for peak in peaks)
     assert all(p.grad is None for p in student.parameters())
 

@@ -10,6 +10,8 @@ import torch
 
 from drkl_triton import _layout, algebra, drkl, kernels, reference, reverse_kl, tiled
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 N, V, ROW = 2050, 1 << 20, 2048
 OPS = {"reverse_kl": reverse_kl, "drkl": drkl}
 assert ROW * V >= 2**31
@@ -61,8 +63,8 @@ def test_tiled(tensors):
 
 
 def test_kernels_in_narrow_rows(tensors):
-    """All 2,050 rows, 997 columns of each."""
-    check("reverse_kl", *(x[:, -997:] for x in tensors), ROW, 995, "triton")
+    """997 columns of every 64th row."""
+    check("reverse_kl", *(x[::64, -997:] for x in tensors), ROW // 64, 995, "triton")
 
 
 def test_kernels_in_whole_rows(tensors):

@@ -288,9 +288,10 @@ def test_a_part_does_not_replace_the_table(part, monkeypatch):
     assert machine_code.parse([*part.split(), "--output", "x.csv"]).output == Path("x.csv")
 
 
-FULL = "--vocab 50257 128256 --dtype bfloat16 float32".split()
-SHORT = "--vocab 50257 --dtype float32".split()  # the other cases have the 16-bit types
-GRID = {"sm_90": FULL, "sm_100": FULL, "sm_80": SHORT, "sm_120": SHORT, "gfx942": SHORT}
+FULL = "--vocab 128256 --dtype bfloat16 float32".split()
+SHORT = "--vocab 50257 --dtype float32 --case plain splits".split()
+OTHER = "--vocab 50257 --dtype float32".split()  # the other cases have the 16-bit types
+GRID = {"sm_90": FULL, "sm_100": FULL, "sm_80": SHORT, "sm_120": SHORT, "gfx942": OTHER}
 
 
 @pytest.mark.slow
@@ -302,7 +303,7 @@ def test_every_kernel_compiles_and_keeps_its_limits(target, tmp_path):
     assert {row["kernel"] for row in rows} == {*machine_code.KERNELS, machine_code.LOSS_NAME}
     plain = [row for row in rows if row["case"] == "plain"]
     counted = [row for row in plain if row["kernel"] == machine_code.LOSS_NAME]
-    assert len(counted) == (4 if GRID[target] is FULL else 1)
+    assert len(counted) == (2 if GRID[target] is FULL else 1)
     for row in counted:  # at least a multiplication for every exponential, and a load
         assert 2.9 < float(row["exponentials"]) < float(row["instructions"]) / 2
     walks = [row for row in rows if row["kernel"] in {*machine_code.LOSS, *machine_code.SOFTMAX}]

@@ -49,7 +49,9 @@ def regimes(V, dtype):
 @pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", VOCABULARIES)
-def test_loss_and_gradient_within_bound(V, dtype, name, labelled, backend):
+def test_loss_and_gradient_within_bound(V, dtype, name, labelled, backend, request):
+    if V > 1e4:
+        request.getfixturevalue("wide_tiles")
     s, t, y, upstream = regimes(V, dtype)
     loss, grad = excess(name, s, t, y if labelled else None, upstream, backend=backend)
     assert loss <= 1
@@ -90,7 +92,7 @@ def test_both_are_sure_of_a_column_far_down_the_row(dtype, temperature, backend,
     """There log q - log p - KL is nearly 0, but a difference of large numbers if sums and gradient
     count from the first columns.
     """
-    N = 200 if backend == "tiled" else 8
+    N = 200 if backend == "tiled" else 4
     draw = torch.Generator().manual_seed(3)
     s, t = (torch.randn(N, 5001, generator=draw) - 40 for _ in range(2))
     low, high = (5, 8) if dtype == torch.float32 else (11, 15)
@@ -122,22 +124,26 @@ def test_gradcheck(name, labelled, backend):
     t = torch.randn(3, 19, dtype=torch.float64)
     y = torch.tensor([0, 9, 18]) if labelled else None
     loss = getattr(drkl_triton, name)
-    assert gradcheck(lambda x: loss(x, t, y, temperature=1.5, reduction="none", backend=backend), s)
+    call = lambda x: loss(x, t, y, temperature=1.5, reduction="none", backend=backend)  # noqa: E731
+    assert gradcheck(call, s, fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_softmax_gradcheck(name, backend):
     x = torch.randn(3, 19, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: getattr(drkl_triton, name)(x, temperature=1.5, backend=backend), x)
+    call = lambda x: getattr(drkl_triton, name)(x, temperature=1.5, backend=backend)  # noqa: E731
+    assert gradcheck(call, x, fast_mode=backend == "triton")
 
 
-# the longest rows in one dtype: they take the interpreter 20 seconds a test
+# the longest rows in one dtype
 SOFTMAX_CASES = [(V, d) for V in VOCABULARIES for d in DTYPES if V < 1e5 or d == torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 @pytest.mark.parametrize("V, dtype", SOFTMAX_CASES, ids=str)
-def test_softmax_within_bound(V, dtype, name, backend):
+def test_softmax_within_bound(V, dtype, name, backend, request):
+    if V > 1e4:
+        request.getfixturevalue("wide_tiles")
     x, _, _, _ = regimes(V, dtype)
     g = torch.randn(x.shape).to(dtype)
     wide = torch.float32
