@@ -15,6 +15,34 @@ try:
 except ImportError:  # a machine with a GPU and nothing else; test_properties.py is skipped
     settings = None
 
+
+def patch_each_module_once():
+    """Triton's interpreter looks through all of triton.language at every call of a device function,
+    for half of its time, although the launch, or an earlier call, has replaced what is in it.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    modules, seen_by = (interpreter.tl, interpreter.tl.core), {}
+
+    def patch_lang(fn):
+        seen = seen_by.get(id(fn.__globals__))
+        if seen is None:
+            seen = [x for x in fn.__globals__.values() if any(x is m for m in modules)]
+            seen_by[id(fn.__globals__)] = seen
+        if seen and not any(is_builtin(module.load) for module in seen):
+            return interpreter._LangPatchScope()
+        return patch(fn)
+
+    interpreter._patch_lang = patch_lang
+
+
+try:
+    patch_each_module_once()
+except (ImportError, AttributeError):  # another version of Triton: slower
+    pass
+
 BACKENDS = ["tiled", pytest.param("triton", id="triton-interpreted")]
 
 
