@@ -96,7 +96,12 @@ FIRST = (
         DRY_TUNE,
     ),
     Step(
-        "one_sweep", "one_sweep", 60, "one_sweep.py --csv one_sweep.csv --seconds {seconds}", "-"
+        "one_sweep", "in_forward", 25,
+        RUN + LIMIT + "--op drkl --providers one_sweep triton --vocab 128256 32000 262144",
+        DRY_RUN,
+    ),
+    Step(
+        "one_sweep", "one_sweep", 35, "one_sweep.py --csv one_sweep.csv --seconds {seconds}", "-"
     ),
     Step(
         "linear", "linear", 40,
