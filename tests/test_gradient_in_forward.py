@@ -138,6 +138,13 @@ def test_errors():
         ReverseKLLoss(gradient_in_forward=True, reduction="none")
 
 
+def test_a_program_alone_waits_for_itself(backend, monkeypatch):
+    monkeypatch.setattr(tuning, "team", lambda *args: 1)
+    s, t, y = data()
+    args = (drkl, s, t, y)
+    assert_same(run(*args, gradient_in_forward=True, backend=backend), run(*args, backend=backend))
+
+
 def test_module(backend):
     s, t, y = data()
     module = DRKLLoss(gradient_in_forward=True, backend=backend)
