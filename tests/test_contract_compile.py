@@ -375,6 +375,11 @@ def test_ops_pass_opcheck(backend):
         torch.library.opcheck(function, args, kwargs, test_utils=tests)
 
 
+def tensors_of(result):
+    """What an op returns, which may be nothing."""
+    return () if result is None else (result,) if torch.is_tensor(result) else result
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_fake_results_are_those_of_the_ops(backend, dtype):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -383,9 +388,7 @@ def test_fake_results_are_those_of_the_ops(backend, dtype):
         real = function(*args, **kwargs)
         with FakeTensorMode() as mode:
             fake = function(*(mode.from_tensor(x) if torch.is_tensor(x) else x for x in args))
-        for one, other in zip(
-            *((x,) if torch.is_tensor(x) else x for x in (real, fake)), strict=True
-        ):
+        for one, other in zip(tensors_of(real), tensors_of(fake), strict=True):
             assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
             assert one.stride() == other.stride()
 
@@ -395,5 +398,5 @@ def test_ops_return_new_memory(backend):
     for function, args, kwargs in recorded(backend):
         given = {x.untyped_storage().data_ptr() for x in args if torch.is_tensor(x)}
         out = function(*args, **kwargs)
-        for x in (out,) if torch.is_tensor(out) else out:
+        for x in tensors_of(out):
             assert x.untyped_storage().data_ptr() not in given

@@ -451,7 +451,9 @@ COMMON = dict(
     shift=False,
     vocab_mismatch="error",
     support="full",
+    filter_value=float("-inf"),
     backend="auto",
+    gradient_in_forward=False,
     return_metrics=False,
 )
 
@@ -481,7 +483,7 @@ def test_signature(function, positional, keyword):
 @pytest.mark.parametrize(
     "function, options",
     [
-        (reverse_kl, _options.Options),
+        (reverse_kl, _options.LogitsOptions),
         (drkl, _options.DRKLOptions),
         (linear_reverse_kl, _options.LinearOptions),
         (linear_drkl, _options.LinearDRKLOptions),
