@@ -54,9 +54,9 @@ MAX_INSTRUCTIONS = {
     "sm_100": {50257: 31, 128256: 29, 151936: 29},
 }
 # Two exponentials in the scan and one in the gradient; two more whenever a lane's maxima move up,
-# every two vectors (an eighth of an element in 16 bits, a quarter in float32); and the ends. A
-# multiprocessor does 16 a clock, an eighth of its multiplications.
-MAX_EXPONENTIALS = {"float32": 3.4, "bfloat16": 3.3, "float16": 3.3}
+# every two vectors (an eighth of an element in 16 bits, a quarter in float32); and the ends, which
+# count in a short row. A multiprocessor does 16 a clock, an eighth of its multiplications.
+MAX_EXPONENTIALS = 3.4
 
 
 # --- targets, cards, kernels ---
@@ -318,7 +318,7 @@ def broken(row, target):
         if narrow and row["aligned"]:
             found.append(f"{'- and '.join(narrow)}-bit {words} in the loop, not {MIN_BITS[target]}")
     if row["kernel"] == LOSS_NAME:
-        at_most("exponentials", MAX_EXPONENTIALS[row["dtype"]], "exponentials an element")
+        at_most("exponentials", MAX_EXPONENTIALS, "exponentials an element")
         limit = MAX_INSTRUCTIONS.get(target, {}).get(row["vocab"])
         if limit is not None:
             at_most("instructions", limit, "instructions an element")

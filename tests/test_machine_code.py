@@ -345,7 +345,6 @@ def test_limits():
     loss = {
         "kernel": machine_code.LOSS_NAME,
         "vocab": 128256,
-        "dtype": "bfloat16",
         "instructions": 30.0,
         "exponentials": 3.3,
     }
@@ -367,8 +366,7 @@ def test_limits():
     assert broken(loss, instructions=30.5, vocab=50257) == []
     assert broken(loss, instructions=29.5, target="sm_100")
     assert broken(loss, instructions=99.0, target="sm_80") == []
-    assert broken(loss, exponentials=3.4, target="gfx942")
-    assert broken(loss, exponentials=3.4, dtype="float32") == []
+    assert broken(loss, exponentials=3.5, target="gfx942")
 
 
 def test_the_stand_in_is_gone_afterwards():

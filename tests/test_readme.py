@@ -44,6 +44,17 @@ def test_options_are_those_of_the_functions():
         assert {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} - {"gamma"} == table
 
 
+def test_the_commit_that_was_measured_is_named():
+    import csv
+
+    root = Path(__file__).parents[1]
+    for target in set(re.findall(r"\]\((bench/results/[^)]+\.csv)\)", README)):
+        with open(root / target, newline="") as file:
+            commits = {row["commit"][:7] for row in csv.DictReader(file)}
+        for commit in commits:
+            assert f"`{commit}`" in README, (target, commit)
+
+
 def test_files_that_are_linked_exist():
     root = Path(__file__).parents[1]
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
