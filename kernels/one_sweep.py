@@ -20,7 +20,7 @@ from . import launch, tuning
 from .online_softmax import LOG2E
 from .row_grad import grad_share, store_zeros, to_output
 from .row_map import divided, gradient_scalars, losses, merge_parts, store_fields
-from .row_sums import FIELDS, load_filter, sum_share
+from .row_sums import FIELDS, sum_share
 from .row_walk import cut_row
 
 
@@ -58,7 +58,9 @@ def one_sweep_kernel(
     label = tl.load(label_ptr + row).to(tl.int32)
     inv_temperature = tl.load(inv_temperature_ptr).to(ACC)
     scale = inv_temperature * LOG2E
-    filter_value = load_filter(filter_ptr, ACC)
+    filter_value = None
+    if filter_ptr is not None:
+        filter_value = tl.load(filter_ptr).to(ACC)
     sum_share(
         student_ptr, teacher_ptr, parts_ptr, row, N, label, scale, filter_value,
         stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, member, TEAM,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import launch, tuning
 from .online_softmax import LOG2E
-from .row_sums import load_filter, load_pair, load_whole_pair
+from .row_sums import load_pair, load_whole_pair
 from .row_walk import (
     body_pointer,
     cut_row,
@@ -170,9 +170,12 @@ def row_grad_kernel(
         care = tl.load(scalars_ptr + 6 * N)
         label = tl.load(label_ptr + row).to(tl.int32)
         scale = tl.load(scale_ptr).to(ACC) * LOG2E
+        filter_value = None
+        if filter_ptr is not None:
+            filter_value = tl.load(filter_ptr).to(ACC)
         grad_share(
             student_ptr, teacher_ptr, d_row, row, head, body, label, scale,
-            load_filter(filter_ptr, ACC), m_s, m_t, shift, w1, w0, at_label, care,
+            filter_value, m_s, m_t, shift, w1, w0, at_label, care,
             stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
             LANES, VEC, ACC, ALIGNED,
         )  # fmt: skip

@@ -229,15 +229,6 @@ def sum_share(
         tl.store(sums_ptr + 7 * N, zero)
 
 
-@triton.jit
-def load_filter(filter_ptr, ACC: tl.constexpr):
-    """None, which is support="full", of None."""
-    if filter_ptr is None:
-        return None
-    else:
-        return tl.load(filter_ptr).to(ACC)
-
-
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
 def row_sums_kernel(
     student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, sums_ptr,
@@ -250,9 +241,12 @@ def row_sums_kernel(
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
+    filter_value = None
+    if filter_ptr is not None:
+        filter_value = tl.load(filter_ptr).to(ACC)
     split, splits = share_of_row(SPLIT)
     sum_share(
-        student_ptr, teacher_ptr, sums_ptr, row, N, label, scale, load_filter(filter_ptr, ACC),
+        student_ptr, teacher_ptr, sums_ptr, row, N, label, scale, filter_value,
         stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
         LANES, VEC, ACC, ALIGNED, ENTROPY,
     )  # fmt: skip
