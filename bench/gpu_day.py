@@ -86,18 +86,24 @@ FIRST = (
     Step("compile", "compile", 50, COMPILED + LIMIT, DRY_RUN + "--providers dense"),
     Step("experiments", "speed", 15, TEST + "{root}/tests/test_gpu_speed.py", "-n 0"),
     Step(
-        "experiments", "splits", 45,
+        "experiments", "splits", 40,
         TUNE + "--seconds {seconds} --lanes 128 --splits 1 2 4 8 16 32 --vocab 128256 32000 "
         "--tokens 8192 64 528 1400 4096 132", DRY_TUNE,
     ),
     Step(
-        "experiments", "lanes", 20,
+        "experiments", "lanes", 15,
         TUNE + "--seconds {seconds} --lanes 128 64 256 --vocab 128256 32000 --tokens 8192",
         DRY_TUNE,
     ),
     Step(
+        "experiments", "hints", 10,
+        TUNE + "--seconds {seconds} --hint evict_first --jobs 0 --lanes 128 --splits 1 "
+        "--vocab 128256 32000 --tokens 8192", DRY_TUNE,
+    ),
+    Step(
         "one_sweep", "in_forward", 25,
-        RUN + LIMIT + "--op drkl --providers one_sweep triton --vocab 128256 32000 262144",
+        RUN + LIMIT + "--mode both --op drkl --providers one_sweep triton "
+        "--vocab 128256 32000 262144",
         DRY_RUN,
     ),
     Step(
@@ -273,7 +279,7 @@ class Day:
         if not rows:
             return tail(log).strip()
         lines = [f"{len(rows)} rows"]
-        if step.name in ("splits", "lanes"):
+        if step.name in ("splits", "lanes", "hints"):
             text = log.read_text(errors="replace")
             lines += re.findall(r"^(?:[A-Z_]+ = |Proposed|geometric).*", text, re.M)
         else:

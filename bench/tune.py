@@ -29,7 +29,7 @@ try:
 
     from drkl_triton import _checks, algebra, kernels
     from drkl_triton._layout import rows_of
-    from drkl_triton.kernels import tuning
+    from drkl_triton.kernels import row_walk, tuning
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make venv, or: pip install -e .")
 
@@ -74,6 +74,7 @@ def parse(arguments):
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--lanes", nargs="+", type=int, help=f"default: {LANES}")
     add("--splits", nargs="+", type=int, help="default: powers of two that fill the card")
+    add("--hint", default="", help="eviction policy of the loops' loads and stores")
     add("--repeats", type=int, default=9, help="times each setting is timed; default: 9")
     add("--jobs", type=int, help="processes that compile first; default: half the cores, 8 at most")
     add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 16 on a CPU")
@@ -97,6 +98,7 @@ def parse(arguments):
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if gpu else on_cpu)
     options.device = current(options.device)
+    row_walk.HINT = type(row_walk.HINT)(options.hint)  # nothing is compiled yet
     return options
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import IGNORED
+from .formulas import IGNORED, divided
 
 
 def parts(
@@ -23,13 +23,12 @@ def parts(
     """(weights [...], denominator 0-dim) of the formula above; weights None: 1 for every row, as
     the rows that are ignored have loss 0.
     """
-    counted = codes != IGNORED
     weight = weights(codes, weight, shift, dtype)
     if reduction != "mean":
         return weight, None
     if num_items is not None:
         return weight, scalar(num_items, dtype, codes.device)
-    return weight, (counted if weight is None else weight).sum(dtype=dtype)
+    return weight, (codes != IGNORED if weight is None else weight).sum(dtype=dtype)
 
 
 def weights(codes: Tensor, weight: Tensor | None, shift: bool, dtype: torch.dtype) -> Tensor | None:
@@ -52,7 +51,7 @@ def reduce(
 def total(loss: Tensor, weights: Tensor | None, denominator: Tensor | None) -> Tensor:
     """The mean, or where ``denominator`` is None the sum."""
     result = (loss if weights is None else loss * weights).sum()
-    return result if denominator is None else divide(result, denominator)
+    return result if denominator is None else divided(result, denominator)
 
 
 def derivative(
@@ -60,12 +59,7 @@ def derivative(
 ) -> Tensor:
     """What ``total`` multiplies each row's loss with, [...]."""
     weights = (codes != IGNORED).to(dtype) if weights is None else weights
-    return weights if denominator is None else divide(weights, denominator)
-
-
-def divide(x: Tensor, denominator: Tensor) -> Tensor:
-    nothing = denominator == 0
-    return torch.where(nothing, 0.0, x / torch.where(nothing, 1.0, denominator))
+    return weights if denominator is None else divided(weights, denominator)
 
 
 def inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

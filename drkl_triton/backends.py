@@ -75,50 +75,9 @@ def _check_labels(labels, weight, ignore_index, V, shift):
         )
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::loss_and_gradient",
-    mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? filter_value, Tensor? weight, Tensor? denominator, SymInt V, bool labelled, "
-    "bool metrics, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def loss_and_gradient(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
-    labelled, metrics, backend,
-):  # fmt: skip
-    """(loss [N], unweighted, the fields of RowMetrics [6, N] or no elements, the gradient of the
-    student's logits for the loss times weight / denominator).
-    """
-    loss, fields, grad = _implementation(backend).loss_and_gradient(
-        rows_of(student), rows_of(teacher), label, inv_temperature, gamma, weight, denominator, V,
-        filter_value=_as_written(filter_value, teacher), labelled=labelled, metrics=metrics,
-    )  # fmt: skip
-    return loss, loss.new_empty(0) if fields is None else fields, grad.view(student.shape)
-
-
-@loss_and_gradient.register_fake
-def _(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
-    labelled, metrics, backend,
-):  # fmt: skip
-    N, empty = label.numel(), inv_temperature.new_empty
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    return empty(N), empty((6, N) if metrics else 0), grad
-
-
-@torch.library.custom_op(
-    f"{NAMESPACE}::scale_",
-    mutates_args=("x",),
-    schema="(Tensor(a!) x, Tensor factor, str backend) -> ()",
-)
-def scale_(x, factor, backend):
-    """x *= factor."""
-    _implementation(backend).scale_(x, factor)
-
-
-@scale_.register_fake
-def _(x, factor, backend):
-    return None
+@row_labels.register_fake
+def _(like, labels, weight, ignore_index, V, shift, strict, backend):
+    return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
 
 
 def _as_written(filter_value, logits):
@@ -126,11 +85,6 @@ def _as_written(filter_value, logits):
     if filter_value is None or logits is None:
         return filter_value
     return filter_value.to(logits.dtype).to(filter_value.dtype)
-
-
-@row_labels.register_fake
-def _(like, labels, weight, ignore_index, V, shift, strict, backend):
-    return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
 
 
 @torch.library.custom_op(
@@ -144,8 +98,9 @@ def divergence(
     student, teacher, label, inv_temperature, gamma, filter_value, weight, num_items, V, labelled,
     metrics, reduction, backend,
 ):  # fmt: skip
-    """(sums [9, N], the loss [N] or reduced, its denominator, the fields of RowMetrics [6, N]); of
-    the last two no elements where there is none. label, weight [N].
+    """(sums [9, N], the loss [N] or reduced, the denominator of a mean without num_items, the
+    fields of RowMetrics [6, N]); of the last two no elements where there is none. label, weight
+    [N].
     """
     launchers = _implementation(backend)
     parts = launchers.row_sum_parts(
@@ -161,7 +116,7 @@ def divergence(
         parts, label, inv_temperature, gamma, weight, num_items,
         labelled=labelled, metrics=metrics, reduction=reduction,
     )  # fmt: skip
-    if denominator is None or denominator is num_items:  # an op returns none of its inputs
+    if reduction != "mean" or num_items is not None:
         denominator = sums.new_empty(0)
     return sums, loss, denominator, sums.new_empty(0) if fields is None else fields
 
@@ -211,6 +166,52 @@ def _(
     upstream, V, labelled, backend,
 ):  # fmt: skip
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::loss_and_gradient",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
+    "Tensor? filter_value, Tensor? weight, Tensor? denominator, SymInt V, bool labelled, "
+    "bool metrics, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def loss_and_gradient(
+    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
+    labelled, metrics, backend,
+):  # fmt: skip
+    """(loss [N], unweighted, the fields of RowMetrics [6, N] or no elements, the gradient of the
+    student's logits for the loss times weight / denominator).
+    """
+    loss, fields, grad = _implementation(backend).loss_and_gradient(
+        rows_of(student), rows_of(teacher), label, inv_temperature, gamma, weight, denominator, V,
+        filter_value=_as_written(filter_value, teacher), labelled=labelled, metrics=metrics,
+    )  # fmt: skip
+    return loss, loss.new_empty(0) if fields is None else fields, grad.view(student.shape)
+
+
+@loss_and_gradient.register_fake
+def _(
+    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
+    labelled, metrics, backend,
+):  # fmt: skip
+    N, empty = label.numel(), inv_temperature.new_empty
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return empty(N), empty((6, N) if metrics else 0), grad
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::scale_",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, Tensor factor, str backend) -> ()",
+)
+def scale_(x, factor, backend):
+    """x *= factor."""
+    _implementation(backend).scale_(x, factor)
+
+
+@scale_.register_fake
+def _(x, factor, backend):
+    return None
 
 
 @torch.library.custom_op(

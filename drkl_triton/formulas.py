@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Labels that are no column (the kernels use the same numbers, kernels/row_walk.py).
+# Labels that are no column.
 NO_LABEL = -1  # all columns count
 IGNORED = -2  # the row is not read; loss and gradient 0
 INVALID = -3  # a label outside the vocabulary; loss and gradient NaN
@@ -108,6 +108,12 @@ def read(sums, label, inv_temperature, LABELLED: tl.constexpr):
 def times(mass, x):
     """mass * x, and 0 where the mass is, whatever x has become: 0 log 0 = 0."""
     return tl.where(mass == 0, 0.0, mass * x)
+
+
+def divided(x, denominator):
+    """x / denominator, and 0 where that is 0."""
+    nothing = denominator == 0
+    return tl.where(nothing, 0.0, x / tl.where(nothing, 1.0, denominator))
 
 
 def log_sigmoid(x):

@@ -427,10 +427,7 @@ def _float16_scale(upstream: Tensor, loss: Loss) -> Tensor:
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor (0-dim), rounded once, to ``dtype``; a factor of 0 makes 0 of whatever x holds."""
+    """x * factor (0-dim), rounded once, to ``dtype`` (tiled.scale)."""
     out = tiled.new_output(x.shape, dtype, x.device)
-    height = max(1, 8 * PART // max(1, x[:1].numel()))
-    for part, result in zip(x.split(height), out.split(height), strict=True):
-        # and an ignored row stays 0, whatever the factor is
-        result.copy_((part * factor).masked_fill_((factor == 0) | (part == 0), 0.0))
+    tiled.scale(x, factor, out)
     return out

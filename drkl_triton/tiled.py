@@ -437,7 +437,7 @@ def gradient_table(
 ) -> Tensor:
     """The table of gradient scalars [7, N] (kernels/row_map.py)."""
     if denominator is not None:
-        upstream = _reduction.divide(upstream, denominator)
+        upstream = formulas.divided(upstream, denominator)
     upstream = upstream.expand(label.shape) if weight is None else upstream * weight
     if inv_room is not None:
         bound = algebra.gradient_bound(sums, label, inv_temperature, gamma, labelled)
@@ -478,7 +478,16 @@ def loss_and_gradient(
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor (kernels/one_sweep.py)."""
     if x.device.type != "cpu" or float(factor) != 1:
-        x.copy_((x * factor).masked_fill_((factor == 0) | (x == 0), 0.0))
+        rows = x.view(-1, x.shape[-1])
+        scale(rows, factor, rows)
+
+
+def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = x * factor, some rows at a time; out may be x."""
+    height = max(1, SCRATCH // max(1, x[:1].numel()))
+    for part, result in zip(x.split(height), out.split(height), strict=True):
+        # an ignored row stays 0, whatever the factor is, and a factor of 0 makes 0 of everything
+        result.copy_((part * factor).masked_fill_((factor == 0) | (part == 0), 0.0))
 
 
 def softmax_forward(

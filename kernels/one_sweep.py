@@ -19,8 +19,8 @@ import triton.language as tl
 from . import launch, tuning
 from .online_softmax import LOG2E
 from .row_grad import grad_share, store_zeros, to_output
-from .row_map import divided, gradient_scalars, losses, merge_parts, store_fields
-from .row_sums import FIELDS, sum_share
+from .row_map import divided, gradient_scalars, losses
+from .row_sums import FIELDS, merge_parts, store_fields, sum_share
 from .row_walk import cut_row
 
 

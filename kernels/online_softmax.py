@@ -25,10 +25,12 @@ the sums NaN or infinite, which says afterwards that the row must be walked agai
 import triton
 import triton.language as tl
 
+from .. import formulas
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # What a and h are multiplied with: 2^-24, so that 2^22 differences of the largest logits still have
-# a sum. algebra.py has the same number.
-UNIT: tl.constexpr = tl.constexpr(5.9604644775390625e-08)
+# a sum.
+UNIT: tl.constexpr = tl.constexpr(formulas.UNIT)
 
 
 @triton.jit

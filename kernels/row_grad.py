@@ -24,7 +24,7 @@ from .row_walk import (
     row_pointer,
     share_of_row,
     split_tiles,
-    tile_offsets,
+    store_vectors,
     vectors,
 )
 
@@ -64,7 +64,7 @@ def grad_tiles(
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, filter_value, LANES, VEC, ACC, ALIGNED)
         g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL, d_body.dtype.element_ty)
-        tl.store(d_body + tile_offsets(tile, LANES, VEC, ALIGNED), g)
+        store_vectors(d_body, tile, g, LANES, VEC, ALIGNED)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def store_zeros(
     zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
     first, last, is_end = split_tiles(body, split, splits, LANES)
     for i in range(first, last):
-        tl.store(ptr + tile_offsets(i, LANES, VEC, ALIGNED), zeros)
+        store_vectors(ptr, i, zeros, LANES, VEC, ALIGNED)
     if is_end:
         offs, mask = vectors(body // LANES, body, -1, LANES, VEC, ALIGNED)
         tl.store(ptr + offs, zeros, mask=mask)

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from .. import formulas
 from . import launch, tuning
-from .online_softmax import LOG2E, empty_lanes, merge_lanes
-from .row_sums import FIELDS
+from .online_softmax import LOG2E
+from .row_sums import FIELDS, load_sums, merge_parts, store_fields
+from .row_walk import IGNORED, INVALID, NO_LABEL
 
 
 def device_functions(module):
@@ -38,54 +39,10 @@ losses = _DEVICE.losses
 gradient_scalars = _DEVICE.gradient_scalars
 gradient_bound = _DEVICE.gradient_bound
 float16_room = _DEVICE.float16_room
-Sums = formulas.Sums
-NO_LABEL: tl.constexpr = tl.constexpr(formulas.NO_LABEL)
-IGNORED: tl.constexpr = tl.constexpr(formulas.IGNORED)
-INVALID: tl.constexpr = tl.constexpr(formulas.INVALID)
+divided = _DEVICE.divided
 
 BLOCK = 128  # rows of a program, a thread each
 PARTIALS = 1024  # sums of programs that are added at a time
-
-
-@triton.jit
-def load_sums(ptr, stride_f, rows, mask):
-    ptr += rows
-    return Sums(
-        tl.load(ptr, mask=mask, other=0.0),
-        tl.load(ptr + stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 2 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 3 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 4 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 5 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 6 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 7 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 8 * stride_f, mask=mask, other=0.0),
-    )
-
-
-@triton.jit
-def merge_parts(parts_ptr, row, N, scale, SPLITS, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """The sums of one row [1] from those of its shares; the label's logits come from the last,
-    which alone has them.
-    """
-    part = tl.arange(0, BLOCK)[:, None]
-    mask = (part < SPLITS) & (row < N)[None, :]
-    x = load_sums(parts_ptr, N, part.to(tl.int64) * FIELDS * N + row[None, :], mask)
-    floor, _ = empty_lanes(1, ACC)
-    m_s, d_s, a, h, m_t, d_t = merge_lanes(
-        tl.where(mask, x.m_s, floor), x.d_s, x.a, x.h, tl.where(mask, x.m_t, floor), x.d_t, scale,
-        True,
-    )  # fmt: skip
-    last = parts_ptr + (SPLITS - 1) * FIELDS * N + row
-    s_label = tl.load(last + 6 * N, mask=row < N, other=0.0)
-    t_label = tl.load(last + 7 * N, mask=row < N, other=0.0)
-    return Sums(m_s, d_s, a, h, m_t, d_t, s_label, t_label, tl.max(x.care, axis=0))
-
-
-@triton.jit
-def store_fields(ptr, stride_f, rows, mask, fields):
-    for k in tl.static_range(len(fields)):
-        tl.store(ptr + k * stride_f + rows, fields[k], mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "T", "ignore_index", "V"])
@@ -149,12 +106,6 @@ def row_losses_kernel(
         tl.store(partial_ptr + rows, loss, mask=mask)
     if METRICS:
         store_fields(fields_ptr, N, rows, mask, out)
-
-
-@triton.jit
-def divided(x, denominator):
-    nothing = denominator == 0
-    return tl.where(nothing, 0.0, x / tl.where(nothing, 1.0, denominator))
 
 
 @triton.jit(do_not_specialize=["P"])

@@ -13,6 +13,7 @@ program writes the sums of its share and merge_sums_kernel adds them up.
 import triton
 import triton.language as tl
 
+from ..formulas import Sums
 from . import launch, tuning
 from .online_softmax import (
     LOG2E,
@@ -241,7 +242,7 @@ def row_sums_kernel(
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    filter_value = None
+    filter_value = None  # support="full". No function: those of Triton 3.6 cannot return None
     if filter_ptr is not None:
         filter_value = tl.load(filter_ptr).to(ACC)
     split, splits = share_of_row(SPLIT)
@@ -252,30 +253,56 @@ def row_sums_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
-def merge_sums_kernel(parts_ptr, scale_ptr, sums_ptr, SPLITS, BLOCK: tl.constexpr,
-                      ACC: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    # Invariant: sums = the merged parts[0:SPLITS]; the label's logits come from the last part,
-    # which alone has them.
-    row = tl.program_id(0).to(tl.int64)
-    N = tl.num_programs(0).to(tl.int64)
-    part = tl.arange(0, BLOCK)
-    mask = part < SPLITS
-    floor, _ = empty_lanes(BLOCK, ACC)
-    ptrs = parts_ptr + part.to(tl.int64) * FIELDS * N + row
-    m_s = tl.where(mask, tl.load(ptrs, mask=mask, other=0.0), floor)
-    d_s = tl.load(ptrs + N, mask=mask, other=0.0)
-    a = tl.load(ptrs + 2 * N, mask=mask, other=0.0)
-    h = tl.load(ptrs + 3 * N, mask=mask, other=0.0)
-    m_t = tl.where(mask, tl.load(ptrs + 4 * N, mask=mask, other=0.0), floor)
-    d_t = tl.load(ptrs + 5 * N, mask=mask, other=0.0)
-    scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
-    care = tl.max(tl.load(ptrs + 8 * N, mask=mask, other=0.0), axis=0)
-    store_sums(sums_ptr + row, N, m_s, d_s, a, h, m_t, d_t, care)
+@triton.jit
+def load_sums(ptr, stride_f, rows, mask):
+    ptr += rows
+    return Sums(
+        tl.load(ptr, mask=mask, other=0.0),
+        tl.load(ptr + stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 2 * stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 3 * stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 4 * stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 5 * stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 6 * stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 7 * stride_f, mask=mask, other=0.0),
+        tl.load(ptr + 8 * stride_f, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def merge_parts(parts_ptr, row, N, scale, SPLITS, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """The sums of one row [1] from those of its shares; the label's logits come from the last,
+    which alone has them.
+    """
+    part = tl.arange(0, BLOCK)[:, None]
+    mask = (part < SPLITS) & (row < N)[None, :]
+    x = load_sums(parts_ptr, N, part.to(tl.int64) * FIELDS * N + row[None, :], mask)
+    floor, _ = empty_lanes(1, ACC)
+    m_s, d_s, a, h, m_t, d_t = merge_lanes(
+        tl.where(mask, x.m_s, floor), x.d_s, x.a, x.h, tl.where(mask, x.m_t, floor), x.d_t, scale,
+        True,
+    )  # fmt: skip
     last = parts_ptr + (SPLITS - 1) * FIELDS * N + row
-    tl.store(sums_ptr + 6 * N + row, tl.load(last + 6 * N))
-    tl.store(sums_ptr + 7 * N + row, tl.load(last + 7 * N))
+    s_label = tl.load(last + 6 * N, mask=row < N, other=0.0)
+    t_label = tl.load(last + 7 * N, mask=row < N, other=0.0)
+    return Sums(m_s, d_s, a, h, m_t, d_t, s_label, t_label, tl.max(x.care, axis=0))
+
+
+@triton.jit
+def store_fields(ptr, stride_f, rows, mask, fields):
+    for k in tl.static_range(len(fields)):
+        tl.store(ptr + k * stride_f + rows, fields[k], mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "SPLITS"])
+def merge_sums_kernel(
+    parts_ptr, scale_ptr, sums_ptr, N, SPLITS, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    N = N.to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    scale = tl.load(scale_ptr).to(ACC) * LOG2E
+    sums = merge_parts(parts_ptr, rows, N, scale, SPLITS, BLOCK, ACC)
+    store_fields(sums_ptr, N, rows, rows < N, sums)
 
 
 def row_sum_parts(
@@ -309,16 +336,16 @@ def row_sum_parts(
     return parts
 
 
-def row_sums(student, teacher, label, inv_temperature, V, *, entropy=False, **options):
+def row_sums(student, teacher, label, inv_temperature, V, **options):
     """``row_sum_parts``, merged: [9, N]."""
-    parts = row_sum_parts(student, teacher, label, inv_temperature, V, entropy=entropy, **options)
+    parts = row_sum_parts(student, teacher, label, inv_temperature, V, **options)
     splits, acc = parts.shape[0], parts.dtype
     if splits == 1 or label.numel() == 0:
         return parts[0]
     sums = launch.new_output(parts.shape[1:], acc, label.device)
     with launch.on_device(label.device):
         merge_sums_kernel[(label.numel(),)](
-            parts, inv_temperature, sums, splits, BLOCK=tuning.merge_block(splits), num_warps=1,
-            ACC=launch.TL_DTYPE[acc], ENTROPY=entropy,
+            parts, inv_temperature, sums, label.numel(), splits, num_warps=1,
+            BLOCK=tuning.merge_block(splits), ACC=launch.TL_DTYPE[acc],
         )  # fmt: skip
     return sums

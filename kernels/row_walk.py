@@ -17,10 +17,15 @@ the loads are narrower, and a mask on single columns costs nothing: the label's 
 import triton
 import triton.language as tl
 
-# Labels that are no column. algebra.py and the tiled backend use the same numbers.
-NO_LABEL: tl.constexpr = tl.constexpr(-1)  # all columns count
-IGNORED: tl.constexpr = tl.constexpr(-2)  # the row is not read
-INVALID: tl.constexpr = tl.constexpr(-3)  # a label outside the vocabulary: loss and gradient NaN
+from .. import formulas
+
+# Labels that are no column.
+NO_LABEL: tl.constexpr = tl.constexpr(formulas.NO_LABEL)
+IGNORED: tl.constexpr = tl.constexpr(formulas.IGNORED)
+INVALID: tl.constexpr = tl.constexpr(formulas.INVALID)
+# The caches' eviction policy for the loops over the body, the gradient's stores among them; "" is
+# the card's own. bench/tune.py --hint tries others.
+HINT: tl.constexpr = tl.constexpr("")
 
 
 @triton.jit
@@ -137,13 +142,21 @@ def load_vectors(
         # A bfloat16 is the upper half of a float32. Unpacked from 32-bit words two of them cost two
         # instructions; the compiler's own conversion takes three.
         words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = tl.load(words_ptr + tile_offsets(tile, LANES, VEC // 2, True))
+        offs = tile_offsets(tile, LANES, VEC // 2, True)
+        words = tl.load(words_ptr + offs, eviction_policy=HINT)
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & -65536).to(tl.float32, bitcast=True)
         x = tl.reshape(tl.join(low, high), [LANES, VEC])
     else:
-        x = tl.load(ptr + tile_offsets(tile, LANES, VEC, ALIGNED))
+        x = tl.load(ptr + tile_offsets(tile, LANES, VEC, ALIGNED), eviction_policy=HINT)
     return x.to(ACC)
+
+
+@triton.jit
+def store_vectors(
+    ptr, tile, x, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    tl.store(ptr + tile_offsets(tile, LANES, VEC, ALIGNED), x, eviction_policy=HINT)
 
 
 @triton.jit

@@ -347,6 +347,7 @@ def recorded(backend, dtype=torch.float32):
         drkl(s, t, y, weight=weight, shift=True, return_metrics=True, **options)[0].backward()
         reverse_kl(s, t, y, weight=weight, support="teacher", **options).backward()
         reverse_kl(s, t, weight=weight.T.contiguous().T, **options)
+        drkl(s, t, y, num_items=3, **options).backward()
         drkl(s, t, y, gradient_in_forward=True, **options).backward()
         softmax(s, backend=backend).sum().backward()
         log_softmax(s, backend=backend)[..., 0].sum().backward()
