@@ -205,7 +205,12 @@ def _module_message(name: str, module: torch.nn.Module) -> str:
 
 def autocasting(device: str) -> bool:
     """Whether autocast is on; there are devices, such as meta, that have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> torch.dtype:

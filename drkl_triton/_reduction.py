@@ -66,6 +66,8 @@ def inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtyp
     """1 / temperature, 0-dim."""
     if isinstance(temperature, Tensor):
         return scalar(temperature, dtype, device).reciprocal()
+    if torch.compiler.is_compiling():  # 1 / number would be a constant of the graph in PyTorch 2.11
+        return torch.ones((), dtype=dtype, device=device) / temperature
     return scalar(1.0 / temperature, dtype, device)
 
 
