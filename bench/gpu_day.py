@@ -70,9 +70,9 @@ LIMIT = "--name {name} --seconds {seconds} "
 COMPILED = RUN + "--op drkl reverse_kl --providers compile --vocab 128256 32000 "
 
 FIRST = (
-    Step("versions", "versions", 25, "-c WHERE", dry="-"),
+    Step("versions", "versions", 20, "-c WHERE", dry="-"),
     Step(
-        "headline", "headline", 45,
+        "headline", "headline", 40,
         RUN + LIMIT + f"--op drkl --providers kernels triton dense --vocab {VOCABULARIES}", DRY_RUN,
     ),
     Step(
@@ -82,8 +82,16 @@ FIRST = (
     ),
     Step("tests", "tests", 100, TEST + "-n 6 --dist worksteal {tests}", "-n 0", beside=True),
     Step("tests", "compile_ahead", 100, COMPILED + "--name compile_ahead --repeats 1", "-", True),
-    Step("tests", "one_sweep_ahead", 100, "one_sweep.py --ahead 4", "-", True),
-    Step("compile", "compile", 50, COMPILED + LIMIT, DRY_RUN + "--providers dense"),
+    Step("compile", "compile", 40, COMPILED + LIMIT, DRY_RUN + "--providers dense"),
+    Step(
+        "others", "float32", 15,
+        RUN + LIMIT + "--op drkl --dtype float32 --providers kernels triton dense "
+        "--vocab 128256 32000", DRY_RUN,
+    ),
+    Step(
+        "others", "softmax", 15,
+        RUN + LIMIT + "--op softmax --providers triton dense --vocab 128256 32000 50257", DRY_RUN,
+    ),
     Step("experiments", "speed", 15, TEST + "{root}/tests/test_gpu_speed.py", "-n 0"),
     Step(
         "experiments", "splits", 40,
@@ -91,29 +99,25 @@ FIRST = (
         "--tokens 8192 64 528 1400 4096 132", DRY_TUNE,
     ),
     Step(
-        "experiments", "lanes", 15,
+        "experiments", "lanes", 20,
         TUNE + "--seconds {seconds} --lanes 128 64 256 --vocab 128256 32000 --tokens 8192",
         DRY_TUNE,
     ),
     Step(
-        "experiments", "hints", 10,
-        TUNE + "--seconds {seconds} --hint evict_first --jobs 0 --lanes 128 --splits 1 "
-        "--vocab 128256 32000 --tokens 8192", DRY_TUNE,
-    ),
-    Step(
-        "one_sweep", "in_forward", 25,
+        "one_sweep", "in_forward", 20,
         RUN + LIMIT + "--mode both --op drkl --providers one_sweep triton "
-        "--vocab 128256 32000 262144",
-        DRY_RUN,
-    ),
-    Step(
-        "one_sweep", "one_sweep", 35, "one_sweep.py --csv one_sweep.csv --seconds {seconds}", "-"
+        "--vocab 128256 32000 262144", DRY_RUN,
     ),
     Step(
         "linear", "linear", 40,
         "linear.py --device cuda --no-plots --out . " + LIMIT + "--op drkl --repeats 5 "
         "--tokens 8192 --vocab 128256 32000 --providers products triton recompute dense",
         "--vocab 300 --tokens 70 --hidden 16 --repeats 1",
+    ),
+    Step(
+        "linear", "linear_rivals", 45,
+        "linear.py --device cuda --no-plots --out . " + LIMIT + "--op reverse_kl --repeats 5 "
+        "--tokens 8192 --vocab 128256 --providers products triton compile liger", "-",
     ),
     Step(
         "tools", "ncu", 40,
@@ -279,7 +283,7 @@ class Day:
         if not rows:
             return tail(log).strip()
         lines = [f"{len(rows)} rows"]
-        if step.name in ("splits", "lanes", "hints"):
+        if step.name in ("splits", "lanes"):
             text = log.read_text(errors="replace")
             lines += re.findall(r"^(?:[A-Z_]+ = |Proposed|geometric).*", text, re.M)
         else:
@@ -341,9 +345,6 @@ def measure(p, rows):
     if p["provider"] == "copy":
         found = [float(row["copy_gb_per_s"]) for row in rows]
         return max(found, default=None)
-    if p["provider"] == "best":
-        rows = [row for row in rows if row["op"] == p["mode"] and row["provider"][:3] != "two"]
-        return min((float(row["ms"]) for row in rows if row["right"] == "True"), default=None)
     wanted = (p["provider"], p["mode"])
     found = [float(r["ms"]) for r in rows if (r["provider"], r.get("mode")) == wanted]
     return min(found, default=None)

@@ -29,7 +29,7 @@ try:
 
     from drkl_triton import _checks, algebra, kernels
     from drkl_triton._layout import rows_of
-    from drkl_triton.kernels import row_walk, tuning
+    from drkl_triton.kernels import tuning
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make venv, or: pip install -e .")
 
@@ -54,6 +54,7 @@ CANDIDATES = {
     "SCAN_PROGRAMS_PER_SM": (2, 4, 8, 16),
     "GRADIENT_PROGRAMS_PER_SM": (4, 8, 16, 32),
     "START_TILES": (1.0, 3.0, 8.0),
+    "GRADIENT_TILES": ((2, 4), (4, 8), (4, 16), (8, 32)),
 }
 # The part of the time that compiling ahead may take.
 COMPILING = 0.4
@@ -74,7 +75,6 @@ def parse(arguments):
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--lanes", nargs="+", type=int, help=f"default: {LANES}")
     add("--splits", nargs="+", type=int, help="default: powers of two that fill the card")
-    add("--hint", default="", help="eviction policy of the loops' loads and stores")
     add("--repeats", type=int, default=9, help="times each setting is timed; default: 9")
     add("--jobs", type=int, help="processes that compile first; default: half the cores, 8 at most")
     add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 16 on a CPU")
@@ -98,7 +98,6 @@ def parse(arguments):
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if gpu else on_cpu)
     options.device = current(options.device)
-    row_walk.HINT = type(row_walk.HINT)(options.hint)  # nothing is compiled yet
     return options
 
 
@@ -143,10 +142,9 @@ def vectors_of(problem):
 def present_tile(problem, device):
     """What kernels/tuning.py chooses now."""
     row = rows_of(torch.empty((1, problem.vocab), dtype=DTYPES[problem.dtype], device=device))
-    programs = tuning.GRADIENT_PROGRAMS_PER_SM
-    if problem.kernel == "row_sums":
-        programs = tuning.SCAN_PROGRAMS_PER_SM
-    return tuning.choose(problem.vocab, row, rows=problem.tokens, programs=programs)
+    rules = {"row_sums": tuning.scan_splits, "row_grad": tuning.gradient_splits}
+    rule = rules.get(problem.kernel, tuning.softmax_splits)
+    return tuning.choose(problem.vocab, row, rows=problem.tokens, rule=rule)
 
 
 def tiles_for(problem, options):
@@ -362,12 +360,14 @@ def under(numbers, problem, tiles, units):
     """The row that the numbers would choose, or the nearest in splits; None where no row has these
     lanes. Says what kernels/tuning.py does.
     """
-    lanes, scan, gradient, start = (numbers[name] for name in CANDIDATES)
+    lanes, scan, gradient, start, share = (numbers[name] for name in CANDIDATES)
     if lanes not in tiles:
         return None
-    programs = scan if problem.kernel == "row_sums" else gradient
-    tiles_a_row = vectors_of(problem)[0] // lanes
-    splits = tuning.best_splits(tiles_a_row, problem.tokens, programs * units, start)
+    of = vectors_of(problem)[0] // lanes, problem.tokens, units
+    if problem.kernel == "row_grad":
+        splits = tuning.gradient_splits(*of, gradient, share)
+    else:
+        splits = tuning.scan_splits(*of, scan if problem.kernel == "row_sums" else gradient, start)
     return min(tiles[lanes].items(), key=lambda item: abs(math.log2(item[0] / splits)))[1]
 
 

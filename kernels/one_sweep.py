@@ -91,7 +91,7 @@ def one_sweep_kernel(
         sums, labels, inv_temperature, gamma, upstream, HAS_GAMMA, LABELLED
     )
     d_row = dstudent_ptr + row * stride_d
-    head, body = cut_row(d_row, V, VEC, ALIGNED)
+    head, body = cut_row(d_row, V, LANES, VEC, ALIGNED)
     if only(shift) == float("inf"):
         store_zeros(d_row, head, body, V, member, TEAM, LANES, VEC, ALIGNED)
     else:
@@ -148,7 +148,7 @@ def loss_and_gradient(
     if N == 0:
         return loss, fields, dstudent
     team = team or tuning.team(V, student, teacher)
-    tile = tuning.choose(V, student, teacher, rows=N, programs=1, splits=team)
+    tile = tuning.choose(V, student, teacher, rows=N, splits=team)
     parts = launch.new_output((team, FIELDS.value, N), acc, device)
     # Interpreted, one after the other, programs cannot wait: a first launch publishes, and a second
     # one has all that it needs.

@@ -24,7 +24,7 @@ from .row_walk import (
     row_pointer,
     share_of_row,
     split_tiles,
-    store_vectors,
+    tile_offsets,
     vectors,
 )
 
@@ -64,7 +64,7 @@ def grad_tiles(
         tile = i + (i >= picked).to(tl.int32)
         s, t = load_whole_pair(s_body, t_body, tile, filter_value, LANES, VEC, ACC, ALIGNED)
         g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL, d_body.dtype.element_ty)
-        store_vectors(d_body, tile, g, LANES, VEC, ALIGNED)
+        tl.store(d_body + tile_offsets(tile, LANES, VEC, ALIGNED), g)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def store_zeros(
     zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
     first, last, is_end = split_tiles(body, split, splits, LANES)
     for i in range(first, last):
-        store_vectors(ptr, i, zeros, LANES, VEC, ALIGNED)
+        tl.store(ptr + tile_offsets(i, LANES, VEC, ALIGNED), zeros)
     if is_end:
         offs, mask = vectors(body // LANES, body, -1, LANES, VEC, ALIGNED)
         tl.store(ptr + offs, zeros, mask=mask)
@@ -157,7 +157,7 @@ def row_grad_kernel(
     scalars_ptr += row
     shift = tl.load(scalars_ptr + 2 * N)
     d_row = dstudent_ptr + row * stride_d
-    head, body = cut_row(d_row, V, VEC, ALIGNED)
+    head, body = cut_row(d_row, V, LANES, VEC, ALIGNED)
     split, splits = share_of_row(SPLIT)
     if shift == float("inf"):
         store_zeros(d_row, head, body, V, split, splits, LANES, VEC, ALIGNED)
@@ -206,8 +206,7 @@ def row_grad(
     if N == 0:
         return dstudent
     dstudent[:, V:].zero_()  # truncated columns
-    programs = tuning.GRADIENT_PROGRAMS_PER_SM
-    tile = tuning.choose(V, student, teacher, rows=N, programs=programs, splits=splits)
+    tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.gradient_splits, splits=splits)
     aligned = launch.equally_aligned(student, teacher, student.like(dstudent))
     with launch.on_device(label.device):
         row_grad_kernel[(N, tile.splits)](

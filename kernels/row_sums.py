@@ -197,7 +197,7 @@ def sum_share(
     if (label != IGNORED) & (label != INVALID):
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
-        head, body = cut_row(s_row, V, VEC, ALIGNED)
+        head, body = cut_row(s_row, V, LANES, VEC, ALIGNED)
         s_body = body_pointer(s_row, head, ALIGNED)
         t_body = body_pointer(t_row, head, ALIGNED)
         skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
@@ -321,8 +321,7 @@ def row_sum_parts(
     is at most this. Returns the sums of every program's share, [splits, 9, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
-    programs = tuning.SCAN_PROGRAMS_PER_SM
-    tile = tuning.choose(V, student, teacher, rows=N, programs=programs, splits=splits)
+    tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.scan_splits, splits=splits)
     parts = launch.new_output((tile.splits, FIELDS.value, N), acc, label.device)
     if N:
         with launch.on_device(label.device):

@@ -1,9 +1,12 @@
 """How a row of V columns is cut so that the loop over it needs no mask and loads 16 bytes at a
 time, for every V.
 
-    columns   head (< VEC columns) | body: 16-byte vectors, 16-byte aligned | tail (< VEC columns)
+    columns   head | body: 16-byte vectors from a 128-byte boundary on | tail (< VEC columns)
     body      tiles of LANES vectors, without a mask | one last tile, masked by whole vectors
-    ends      head, tail and the vector with the label in it: 3 VEC columns at most, one a lane
+    ends      tail, the vector with the label in it, and head: 10 VEC columns at most, one a lane
+
+128 bytes are a line of an NVIDIA cache: warps that store from elsewhere on write parts of lines.
+Where a tile has too few lanes for such a head, in short rows, the boundary is one of 16 bytes.
 
 A mask on single columns would turn a 16-byte load into eight 2-byte ones; a mask on whole vectors
 does not. So the label's vector is left out of its tile by a vector mask, and the ends, loaded
@@ -23,9 +26,6 @@ from .. import formulas
 NO_LABEL: tl.constexpr = tl.constexpr(formulas.NO_LABEL)
 IGNORED: tl.constexpr = tl.constexpr(formulas.IGNORED)
 INVALID: tl.constexpr = tl.constexpr(formulas.INVALID)
-# The caches' eviction policy for the loops over the body, the gradient's stores among them; "" is
-# the card's own. bench/tune.py --hint tries others.
-HINT: tl.constexpr = tl.constexpr("")
 
 
 @triton.jit
@@ -35,13 +35,14 @@ def row_pointer(ptr, row, stride_outer, stride_inner, inner):
 
 
 @triton.jit
-def cut_row(row_ptr, V, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """(head, body): columns before the first 16-byte boundary, and whole vectors from there on."""
+def cut_row(row_ptr, V, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """(head, body): columns before the boundary that the body starts at, and its whole vectors."""
     head = 0
     if ALIGNED:
         # VEC columns are 16 bytes
-        past = (row_ptr.to(tl.int64) % 16) // (16 // VEC)
-        head = tl.minimum((VEC - past) % VEC, V).to(tl.int32)
+        BYTES: tl.constexpr = 128 if LANES >= 10 * VEC else 16
+        past = (row_ptr.to(tl.int64) % BYTES).to(tl.int32)
+        head = tl.minimum((BYTES - past) % BYTES // (16 // VEC), V)
     return head, (V - head) // VEC
 
 
@@ -116,15 +117,15 @@ def vectors(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns and mask [LANES, 1] of what the body's tiles leave over: head, tail and the vector
-    `skip` (-1: none). At most 3 VEC of them, so one column a lane.
+    """Columns and mask [LANES, 1] of what the body's tiles leave over: tail, the vector `skip` (-1:
+    none) and head. One column a lane.
     """
     lane = tl.arange(0, LANES)[:, None] + tl.arange(0, 1)[None, :]
-    part = lane // VEC
-    start = tl.where(part == 0, 0, tl.where(part == 1, head + body * VEC, head + skip * VEC))
-    stop = tl.where(part == 0, head, tl.where(part == 1, V, start + VEC))
-    cols = start + lane % VEC
-    return cols, (cols < stop) & (part < 2 + ((skip >= 0) & ALIGNED))
+    in_tail, in_skip = lane < VEC, lane < 2 * VEC
+    skipped = head + (skip - 1) * VEC + lane
+    cols = tl.where(in_tail, head + body * VEC + lane, tl.where(in_skip, skipped, lane - 2 * VEC))
+    stop = tl.where(in_tail, V, head)
+    return cols, tl.where(in_skip & (lane >= VEC), (skip >= 0) & ALIGNED, cols < stop)
 
 
 @triton.jit
@@ -142,21 +143,13 @@ def load_vectors(
         # A bfloat16 is the upper half of a float32. Unpacked from 32-bit words two of them cost two
         # instructions; the compiler's own conversion takes three.
         words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        offs = tile_offsets(tile, LANES, VEC // 2, True)
-        words = tl.load(words_ptr + offs, eviction_policy=HINT)
+        words = tl.load(words_ptr + tile_offsets(tile, LANES, VEC // 2, True))
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & -65536).to(tl.float32, bitcast=True)
         x = tl.reshape(tl.join(low, high), [LANES, VEC])
     else:
-        x = tl.load(ptr + tile_offsets(tile, LANES, VEC, ALIGNED), eviction_policy=HINT)
+        x = tl.load(ptr + tile_offsets(tile, LANES, VEC, ALIGNED))
     return x.to(ACC)
-
-
-@triton.jit
-def store_vectors(
-    ptr, tile, x, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    tl.store(ptr + tile_offsets(tile, LANES, VEC, ALIGNED), x, eviction_policy=HINT)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def test_scripts_take_the_arguments_of_the_steps(step, dry, tmp_path, monkeypatc
         [step.command] if " {bench}/" not in step.command else step.command.split("/")[1:]
     ):
         script, _, arguments = command.partition(".py ")
-        if script not in ("run", "linear", "tune", "one_sweep") or step.dry == "-" and dry:
+        if script not in ("run", "linear", "tune") or step.dry == "-" and dry:
             continue
         arguments = arguments.format(name="n", seconds=5).split() + step.dry.split() * dry
         spec = importlib.util.spec_from_file_location("script", ROOT / "bench" / f"{script}.py")

@@ -447,10 +447,10 @@ class OnTheCard:
 
     @pytest.fixture(autouse=True)
     def on_the_card(self, monkeypatch):
-        regimes = test_numerics.regimes
+        regimes, of_the_cpu = test_numerics.regimes, torch.Generator
 
         def moved(*arguments):
-            with torch.device("cpu"):
+            with torch.device("cpu"), patch.object(torch, "Generator", of_the_cpu):
                 return tuple(x.to(self.device) for x in regimes(*arguments))
 
         monkeypatch.setattr(test_numerics, "regimes", moved)

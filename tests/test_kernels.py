@@ -182,25 +182,28 @@ def test_long_rows_are_walked_in_tiles(monkeypatch):
 
 
 @triton.jit
-def cut_kernel(x_ptr, out_ptr, stride, V, VEC: tl.constexpr):
+def cut_kernel(x_ptr, out_ptr, stride, V, LANES: tl.constexpr, VEC: tl.constexpr):
     row = tl.program_id(0)
-    head, body = cut_row(x_ptr + row * stride, V, VEC, True)
+    head, body = cut_row(x_ptr + row * stride, V, LANES, VEC, True)
     tl.store(out_ptr + 2 * row, head)
     tl.store(out_ptr + 2 * row + 1, body)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lanes", [32, 128])
 @pytest.mark.parametrize("V", [1, 5, 16, 101])
-def test_the_body_starts_at_a_16_byte_boundary(V, dtype):
+def test_the_body_starts_at_a_boundary(V, lanes, dtype):
     """The interpreter would not mind a wrong start; a GPU would fault or read something else."""
     x = torch.zeros(9, V, dtype=dtype)
     item, vec = x.element_size(), 16 // x.element_size()
+    boundary = 128 if lanes == 128 or dtype == torch.float64 else 16
     cuts = torch.full((9, 2), -1)
-    cut_kernel[(9,)](x, cuts, V, V, VEC=vec)
+    cut_kernel[(9,)](x, cuts, V, V, LANES=lanes, VEC=vec)
     for row, (head, body) in zip(x, cuts.tolist(), strict=True):
-        assert 0 <= head < vec and head + body * vec <= V
-        assert body == 0 or (row.data_ptr() + head * item) % 16 == 0
+        assert 0 <= head < boundary // item and head + body * vec <= V
+        assert body == 0 or (row.data_ptr() + head * item) % boundary == 0
         assert V - head - body * vec < vec
+        assert head + 2 * vec <= lanes  # with tail and the label's vector a column a lane
 
 
 def test_equally_aligned_is_never_promised_wrongly_and_is_seen_where_it_matters():
@@ -351,10 +354,11 @@ def test_the_number_of_splits_is_not_compiled_in(monkeypatch):
 
 
 @pytest.mark.parametrize("tiles", [1, 31, 125, 256])
-@pytest.mark.parametrize("places", [132 * 8, 132 * 16])
-def test_splits_fill_the_card(tiles, places):
+@pytest.mark.parametrize("programs", [8, 16])
+def test_splits_fill_the_card(tiles, programs):
+    places = 132 * programs
     splits = {
-        N: tuning.best_splits(tiles, N, places, tuning.START_TILES)
+        N: tuning.scan_splits(tiles, N, 132, programs)
         for N in [*range(1, 5000), places + 1, 8 * places]
     }
     assert all(1 <= n <= tiles for n in splits.values())
@@ -365,6 +369,16 @@ def test_splits_fill_the_card(tiles, places):
         assert splits[places + 1] > 1
         for N in range(places // tiles + 1, places):  # one wave, enough for all of the bandwidth
             assert N * splits[N] > 0.35 * places
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 7, 31, 125, 256])
+def test_shares_of_the_gradient(tiles):
+    """Enough programs for the card, of four to eight tiles."""
+    for N in (1, 64, 132, 528, 1400, 8192, 10**6):
+        splits = tuning.gradient_splits(tiles, N, 132)
+        assert 1 <= splits <= max(1, tiles // 4)
+        assert splits >= tiles // 8
+        assert splits == max(1, tiles // 4) or splits * N >= 0.5 * 132 * 16
 
 
 # Of PyTorch's operators, those that allocate or look at memory another way.
