@@ -17,7 +17,6 @@ COLOURS = {
     "tiled": "#0072B2",
     "triton": "#D55E00",
     "kernels": "#8B3A00",
-    "one_sweep": "#F0A0C0",
     "liger": "#009E73",
     "orda": "#56B4E9",
     "speculators": "#777777",
@@ -25,7 +24,7 @@ COLOURS = {
     "trl": "#000000",
     "quack": "#E69F00",
 }
-MARKERS = dict(zip(COLOURS, "os^DvhpPX<>*d", strict=True))
+MARKERS = dict(zip(COLOURS, "os^DvhPX<>*d", strict=True))
 
 
 def _style(name, wrong):

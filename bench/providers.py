@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import drkl_triton
-from drkl_triton import algebra, backends
+from drkl_triton import algebra
 from drkl_triton._layout import rows_of
 
 GAMMA = 0.5
@@ -210,22 +210,6 @@ def orda_reverse_kl():
     return lambda *case: _GradientInForward.apply(*case, launch)
 
 
-def one_sweep(op):
-    """gradient_in_forward=True, told the upstream gradient as those below are."""
-
-    def launch(student, teacher, labels, upstream):
-        one, (N, V) = torch.ones((), device=student.device), student.shape
-        gamma, labelled = (GAMMA * one, True) if op == "drkl" else (None, False)
-        code = labels if labelled else torch.full_like(labels, algebra.NO_LABEL)
-        loss, _, grad = backends.loss_and_gradient(
-            student.detach(), teacher, code, one, gamma, None, None, one * (N / upstream), V,
-            labelled, False, "triton",
-        )  # fmt: skip
-        return loss.mean(), grad
-
-    return lambda: lambda *case: _GradientInForward.apply(*case, launch)
-
-
 def fast_llm_reverse_kl():
     from fast_llm.functional.config import EntropyLossType, TargetFormat
     from fast_llm.functional.triton.entropy_loss import triton_entropy_loss_forward_backward
@@ -312,16 +296,6 @@ ALL = (
         "drkl_triton",
         gpu_only=True,
         own=True,
-    ),
-    Provider(
-        "one_sweep",
-        "this package, gradient_in_forward",
-        {op: one_sweep(op) for op in ("reverse_kl", "drkl")},
-        "drkl-triton",
-        "drkl_triton",
-        gpu_only=True,
-        own=True,
-        upstream_first=True,
     ),
     _kernel(
         "liger",

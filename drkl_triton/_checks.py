@@ -435,22 +435,6 @@ def mask_value(filter_value: float, support: str) -> None:
         )
 
 
-def gradient_in_forward(wanted: bool, reduction: str, dtype: torch.dtype | None = None) -> None:
-    flag("gradient_in_forward", wanted)
-    if wanted and reduction == "none":
-        raise ValueError(
-            "gradient_in_forward=True needs reduction 'mean' or 'sum', because forward does not "
-            "know the gradients of the rows, got reduction='none'; choose one of them, or leave "
-            "gradient_in_forward out"
-        )
-    if wanted and dtype == torch.float16:
-        raise ValueError(
-            "gradient_in_forward=True keeps the gradient in the student's dtype, before a loss "
-            "scaler could keep it from vanishing, got float16 logits; pass bfloat16 or float32, or "
-            "leave gradient_in_forward out"
-        )
-
-
 def flag(name: str, value) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}; pass a bool")

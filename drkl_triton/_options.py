@@ -21,11 +21,7 @@ class Options(TypedDict, total=False):
     backend: str
 
 
-class LogitsOptions(Options, total=False):
-    gradient_in_forward: bool
-
-
-class DRKLOptions(LogitsOptions, total=False):
+class DRKLOptions(Options, total=False):
     gamma: float | Tensor
 
 

@@ -104,54 +104,6 @@ class DivergenceFunction(torch.autograd.Function):
         return dstudent, *[None] * 12
 
 
-class DivergenceInForwardFunction(torch.autograd.Function):
-    """As above, reduced; the gradient is made in forward, and backward multiplies it. denominator
-    None: the sum.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        label: Tensor,
-        inv_temperature: Tensor,
-        gamma: Tensor | None,
-        filter_value: Tensor | None,
-        weight: Tensor | None,
-        denominator: Tensor | None,
-        V: int,
-        labelled: bool,
-        metrics: bool,
-        backend: str,
-    ):
-        loss, fields, grad = backends.loss_and_gradient(
-            student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
-            labelled, metrics, backend,
-        )  # fmt: skip
-        _save(ctx, grad, student)
-        ctx.backend, ctx.acc, ctx.spent = backend, loss.dtype, False
-        ctx.mark_non_differentiable(fields)
-        return _reduction.total(loss, weight, denominator), fields
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, unused: Tensor):
-        if ctx.spent:
-            raise RuntimeError(
-                "gradient_in_forward=True keeps one gradient, and an earlier backward() took it; "
-                "call backward() once, or leave gradient_in_forward out"
-            )
-        grad, student = ctx.saved_tensors
-        with torch.no_grad():
-            factor = upstream.to(ctx.acc)
-            if torch.compiler.is_compiling():
-                grad = backends.scaled(grad, factor, grad.dtype)
-            else:
-                ctx.spent = True
-                backends.scale_(grad, factor, ctx.backend)
-        return _first_order(grad, student, upstream), *[None] * 11
-
-
 class SoftmaxFunction(torch.autograd.Function):
     """softmax or log_softmax over the last dimension."""
 

@@ -169,52 +169,6 @@ def _(
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::loss_and_gradient",
-    mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? filter_value, Tensor? weight, Tensor? denominator, SymInt V, bool labelled, "
-    "bool metrics, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def loss_and_gradient(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
-    labelled, metrics, backend,
-):  # fmt: skip
-    """(loss [N], unweighted, the fields of RowMetrics [6, N] or no elements, the gradient of the
-    student's logits for the loss times weight / denominator).
-    """
-    loss, fields, grad = _implementation(backend).loss_and_gradient(
-        rows_of(student), rows_of(teacher), label, inv_temperature, gamma, weight, denominator, V,
-        filter_value=_as_written(filter_value, teacher), labelled=labelled, metrics=metrics,
-    )  # fmt: skip
-    return loss, loss.new_empty(0) if fields is None else fields, grad.view(student.shape)
-
-
-@loss_and_gradient.register_fake
-def _(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, V,
-    labelled, metrics, backend,
-):  # fmt: skip
-    N, empty = label.numel(), inv_temperature.new_empty
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    return empty(N), empty((6, N) if metrics else 0), grad
-
-
-@torch.library.custom_op(
-    f"{NAMESPACE}::scale_",
-    mutates_args=("x",),
-    schema="(Tensor(a!) x, Tensor factor, str backend) -> ()",
-)
-def scale_(x, factor, backend):
-    """x *= factor."""
-    _implementation(backend).scale_(x, factor)
-
-
-@scale_.register_fake
-def _(x, factor, backend):
-    return None
-
-
-@torch.library.custom_op(
     f"{NAMESPACE}::softmax",
     mutates_args=(),
     schema="(Tensor logits, Tensor inv_temperature, bool log, str backend) -> (Tensor, Tensor)",

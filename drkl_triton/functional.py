@@ -11,12 +11,12 @@ from torch import Tensor
 
 from . import _checks, _reduction, backends
 from .algebra import RowMetrics
-from .autograd import DivergenceFunction, DivergenceInForwardFunction, SoftmaxFunction
+from .autograd import DivergenceFunction, SoftmaxFunction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._options import DRKLOptions, LogitsOptions
+    from ._options import DRKLOptions, Options
 
 __all__ = ["drkl", "log_softmax", "reverse_kl", "softmax"]
 
@@ -76,7 +76,7 @@ def reverse_kl(
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[LogitsOptions],
+    **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def reverse_kl(
@@ -85,7 +85,7 @@ def reverse_kl(
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
-    **options: Unpack[LogitsOptions],
+    **options: Unpack[Options],
 ) -> tuple[Tensor, RowMetrics]: ...
 def reverse_kl(
     student_logits: Tensor,
@@ -102,7 +102,6 @@ def reverse_kl(
     support: str = "full",
     filter_value: float = float("-inf"),
     backend: str = "auto",
-    gradient_in_forward: bool = False,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
     r"""Reverse Kullback-Leibler divergence ``KL(q || p)`` of the student's ``q`` from the teacher's
@@ -140,10 +139,6 @@ def reverse_kl(
             mask was filled with, before the temperature (-1e4, -1e9 or ``torch.finfo(dtype).min``,
             as it is in the teacher's dtype), or anything between it and the real logits.
         backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
-        gradient_in_forward: make the gradient together with the loss and keep it: the logits are
-            read from memory once (on a GPU; not measured yet). For ``"mean"`` and ``"sum"`` alone,
-            not for float16, and backward() only once. Where backward() is not called on the loss
-            itself, the gradient is read and written again: pass ``num_items`` rather than dividing.
         return_metrics: also return :class:`RowMetrics`, detached, from the same scan.
 
     Returns:
@@ -177,7 +172,6 @@ def reverse_kl(
         support=support,
         filter_value=filter_value,
         backend=backend,
-        gradient_in_forward=gradient_in_forward,
         return_metrics=return_metrics,
     )
 
@@ -216,7 +210,6 @@ def drkl(
     support: str = "full",
     filter_value: float = float("-inf"),
     backend: str = "auto",
-    gradient_in_forward: bool = False,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
     r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant,
@@ -259,20 +252,18 @@ def drkl(
         support=support,
         filter_value=filter_value,
         backend=backend,
-        gradient_in_forward=gradient_in_forward,
         return_metrics=return_metrics,
     )
 
 
 def _divergence(
     gamma, student, teacher, labels, *, weight, ignore_index, num_items, vocab_mismatch,
-    gradient_in_forward, **options,
+    **options,
 ):  # fmt: skip
     """Both losses; gamma None: reverse KL. The arguments are the public ones."""
     V = _checks.logits_pair(student, teacher, vocab_mismatch)
     _checks.divergence_options(ignore_index=ignore_index, num_items=num_items, **options)
     reduction, shift, metrics = options["reduction"], options["shift"], options["return_metrics"]
-    _checks.gradient_in_forward(gradient_in_forward, reduction, student.dtype)
     _checks.rows(labels, weight, shift, student, "student_logits")
     backend = _checks.backend(options["backend"], student)
 
@@ -288,20 +279,13 @@ def _divergence(
         _reduction.filter_scalar(options, acc, student.device),
     )  # fmt: skip
     labelled = labels is not None
-    if gradient_in_forward and student.requires_grad and torch.is_grad_enabled():
-        weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, acc)
-        weights = None if weights is None else weights.view(-1)
-        loss, fields = DivergenceInForwardFunction.apply(
-            student, teacher, *rows, weights, denominator, V, labelled, metrics, backend
-        )
-    else:
-        weights = _reduction.weights(codes, weight, shift, acc)
-        weights = None if weights is None else weights.view(-1)
-        if num_items is not None:
-            num_items = _reduction.scalar(num_items, acc, student.device)
-        loss, fields = DivergenceFunction.apply(
-            student, teacher, *rows, weights, num_items, V, labelled, metrics, reduction, backend
-        )
+    weights = _reduction.weights(codes, weight, shift, acc)
+    weights = None if weights is None else weights.view(-1)
+    if num_items is not None:
+        num_items = _reduction.scalar(num_items, acc, student.device)
+    loss, fields = DivergenceFunction.apply(
+        student, teacher, *rows, weights, num_items, V, labelled, metrics, reduction, backend
+    )
     if reduction == "none":
         loss = loss.view(codes.shape)
     if not metrics:

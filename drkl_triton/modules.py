@@ -62,11 +62,6 @@ class ReverseKLLoss(_Options):
     ``__init__``.
     """
 
-    def __init__(self, *, gradient_in_forward: bool = False, **options: Any):
-        super().__init__(**options)
-        _checks.gradient_in_forward(gradient_in_forward, self.options["reduction"])
-        self.options["gradient_in_forward"] = gradient_in_forward
-
     def forward(
         self,
         student_logits: Tensor,

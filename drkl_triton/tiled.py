@@ -447,41 +447,6 @@ def gradient_table(
     return algebra.gradient_scalars(sums, label, inv_temperature, gamma, labelled, upstream)
 
 
-def loss_and_gradient(
-    student: Rows,
-    teacher: Rows,
-    label: Tensor,
-    inv_temperature: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor | None,
-    denominator: Tensor | None,
-    V: int,
-    *,
-    filter_value: Tensor | None = None,
-    labelled: bool,
-    metrics: bool,
-):
-    """(loss [N], fields, gradient) (kernels/one_sweep.py); here in two passes."""
-    numbers = label, inv_temperature
-    parts = row_sum_parts(student, teacher, *numbers, V, filter_value=filter_value, entropy=metrics)
-    sums, loss, _, fields = row_losses(
-        parts, *numbers, gamma, None, None, labelled=labelled, metrics=metrics, reduction="none"
-    )
-    table = gradient_table(
-        sums, *numbers, gamma, torch.ones_like(inv_temperature), weight, denominator,
-        labelled=labelled,
-    )  # fmt: skip
-    grad = row_grad(student, teacher, *numbers, table, V, filter_value=filter_value)
-    return loss, fields, grad
-
-
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor (kernels/one_sweep.py)."""
-    if x.device.type != "cpu" or float(factor) != 1:
-        rows = x.view(-1, x.shape[-1])
-        scale(rows, factor, rows)
-
-
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
     """out = x * factor, some rows at a time; out may be x."""
     height = max(1, SCRATCH // max(1, x[:1].numel()))

@@ -453,7 +453,6 @@ COMMON = dict(
     support="full",
     filter_value=float("-inf"),
     backend="auto",
-    gradient_in_forward=False,
     return_metrics=False,
 )
 
@@ -483,7 +482,7 @@ def test_signature(function, positional, keyword):
 @pytest.mark.parametrize(
     "function, options",
     [
-        (reverse_kl, _options.LogitsOptions),
+        (reverse_kl, _options.Options),
         (drkl, _options.DRKLOptions),
         (linear_reverse_kl, _options.LinearOptions),
         (linear_drkl, _options.LinearDRKLOptions),

@@ -145,8 +145,12 @@ def test_the_commit_is_packed_or_given(day, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_day, "git_commit", lambda: "")
     monkeypatch.setattr(gpu_day, "PACKED", tmp_path)
     assert day.commit() == "unknown"
-    (tmp_path / "COMMIT").write_text("abc\n")
+    (tmp_path / "COMMIT").write_text(f"abc {gpu_day.sources()}\n")
     assert day.commit() == "abc"
+    monkeypatch.setattr(gpu_day, "git_commit", lambda: "older")
+    assert day.commit() == "abc"
+    (tmp_path / "COMMIT").write_text("abc of-other-sources\n")
+    assert day.commit() == "older"
     monkeypatch.setenv("COMMIT", "def")
     assert day.commit() == "def"
 

@@ -104,23 +104,6 @@ def test_reverse_kl_against_float64(device, N, V, labelled):
 
 
 @bf16_and_fp32
-@sizes((1, 50257), (2000, 128256), (300, 262144), small=(2, 1201))
-def test_one_sweep_is_two_launches(device, N, V, dtype):
-    """Also with many more teams than a card holds, and few."""
-    needs(device, 20 * N * V)
-    s, t, y, upstream = draw(device, N, V, dtype)
-    y[1::7] = -100
-    options = dict(weight=upstream, reduction="sum", backend="triton")
-    s.requires_grad_()
-    expected = drkl(s, t, y, **options)
-    ours = drkl(s, t, y, gradient_in_forward=True, **options)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
-    grads = [torch.autograd.grad(loss, s)[0] for loss in (ours, expected)]
-    eps = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(*grads, rtol=2 * eps, atol=1e-7)
-
-
-@bf16_and_fp32
 @sizes((1, 50257), (8, 128256), (8, 50257), (132, 262144), small=(2, 9001))
 def test_few_rows_against_float64(device, N, V, dtype):
     """Fewer rows than programs fit on the card: each is split over several and merged."""
@@ -447,19 +430,13 @@ class OnTheCard:
 
     @pytest.fixture(autouse=True)
     def on_the_card(self, monkeypatch):
-        regimes, of_the_cpu = test_numerics.regimes, torch.Generator
+        regimes = test_numerics.regimes
 
         def moved(*arguments):
-            with torch.device("cpu"), patch.object(torch, "Generator", of_the_cpu):
+            with torch.device("cpu"):
                 return tuple(x.to(self.device) for x in regimes(*arguments))
 
         monkeypatch.setattr(test_numerics, "regimes", moved)
-
-        class Generator(torch.Generator):
-            def __new__(cls, device=self.device):
-                return super().__new__(cls, device)
-
-        monkeypatch.setattr(torch, "Generator", Generator)
         with torch.device(self.device):
             yield
 

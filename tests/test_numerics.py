@@ -27,12 +27,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOSSES = [("reverse_kl", False), ("reverse_kl", True), ("drkl", True)]
 
 
+def generator(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 @lru_cache(maxsize=4)
 def regimes(V, dtype):
     """(student, teacher, labels, upstream): one row a regime; the upstream gradient is random,
     never ones.
     """
-    draw = torch.Generator().manual_seed(V)
+    draw = generator(V)
     s, t = (torch.randn(7, V, generator=draw) for _ in range(2))
     y = torch.randint(V, (7,), generator=draw)
     s[0], t[0] = 0.01 * s[0], 0.01 * t[0]  # flat
@@ -93,7 +97,7 @@ def test_both_are_sure_of_a_column_far_down_the_row(dtype, temperature, backend,
     count from the first columns.
     """
     N = 200 if backend == "tiled" else 4
-    draw = torch.Generator().manual_seed(3)
+    draw = generator(3)
     s, t = (torch.randn(N, 5001, generator=draw) - 40 for _ in range(2))
     low, high = (5, 8) if dtype == torch.float32 else (11, 15)
     for x in (s, t):
