@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     import providers
+    import real_rows
     import tables
     import torch
     from command import DTYPES, add_options, first_line, in_time, in_turn, progress, report, settle
@@ -36,6 +37,7 @@ def parse(arguments):
     add("--mode", nargs="+", choices=MODES, default=list(MODES), help="default: all three")
     add("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16; on a CPU float32, too")
     add("--vocab", nargs="+", type=int, default=list(VOCABULARIES), metavar="V")
+    add("--logits", choices=("random", "real"), default="random", help="real: SmolLM2's, V = 49152")
     add("--tokens", type=int, help="rows of logits; default: 8192 on a GPU, 128 on a CPU")
     add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 256 on a CPU")
     add_options(parser, [provider.name for provider in providers.ALL], repeats=(20, 5))
@@ -50,6 +52,8 @@ def parse(arguments):
             "dtype": (["bfloat16"], ["float32", "bfloat16"]),
         },
     )
+    if options.logits == "real":
+        options.vocab = [real_rows.VOCAB]
     if min(options.tokens, options.repeats, options.copy_mb, *options.vocab) < 1:
         parser.error("--tokens, --repeats, --copy-mb and --vocab must be positive")
     return options
@@ -70,8 +74,8 @@ class Entry:
 class Measurement:
     """All providers on one case. ``rows`` may be asked for at any time."""
 
-    def __init__(self, case, entries, modes, clock, copy):
-        self.case, self.entries, self.modes = case, entries, modes
+    def __init__(self, case, entries, modes, clock, copy, logits):
+        self.case, self.entries, self.modes, self.logits = case, entries, modes, logits
         self.clock, self.copy, self.copy_times = clock, copy, []
         self.read = Read(copy) if case.device.type == "cuda" and copy else None
         self.read_times = []
@@ -148,6 +152,7 @@ class Measurement:
                     "dtype": str(case.dtype).removeprefix("torch."),
                     "vocab": case.vocab,
                     "tokens": case.tokens,
+                    "logits": self.logits,
                     "provider": entry.provider.name,
                     "version": entry.provider.version,
                     "note": entry.note,
@@ -187,9 +192,9 @@ def measure(options, notes, keep):
         for op, dtype, vocab in in_time(cases, options):
             if "torch._dynamo" in sys.modules:  # the import alone takes seconds
                 torch._dynamo.reset()  # each shape compiled for itself, none over the limit
-            case = Case(op, DTYPES[dtype], vocab, options.tokens, options.device)
+            case = Case(op, DTYPES[dtype], vocab, options.tokens, options.device, options.logits)
             entries = [Entry(provider) for provider in taking_part[op]]
-            measurement = Measurement(case, entries, options.mode, clock, copy)
+            measurement = Measurement(case, entries, options.mode, clock, copy, options.logits)
 
             def step(name, place=f"{op} {dtype} V={vocab}", units=vocab):
                 bar.set_description_str(f"{place} {name}", refresh=False)

@@ -27,7 +27,7 @@ ENVIRONMENT = (
 # The columns that tell one case from another.
 CASE = ("op", "dtype", "mode", "vocab")
 COLUMNS = (
-    *("op", "mode", "dtype", "vocab", "tokens", "provider", "version"),
+    *("op", "mode", "dtype", "vocab", "tokens", "logits", "provider", "version"),
     *("check", "result_error", "grad_error", "ms", "ms_q1", "ms_q3", "runs"),
     *("bytes", "gb_per_s", "copy_gb_per_s", "percent_of_copy", "read_gb_per_s", "peak_mb"),
     *RATIOS,

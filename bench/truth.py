@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import real_rows
 import torch
 from providers import GAMMA
 
@@ -23,19 +24,27 @@ UPSTREAM = 300.0
 
 
 class Case:
-    """One op on one shape: student, teacher [N, V] and labels [N]."""
+    """One op on one shape: student, teacher [N, V] and labels [N]. logits: "random", or "real" for
+    those of real_rows.py.
+    """
 
-    def __init__(self, op, dtype, vocab, tokens, device):
+    def __init__(self, op, dtype, vocab, tokens, device, logits="random"):
         self.op, self.dtype, self.vocab, self.tokens, self.device = op, dtype, vocab, tokens, device
         self.rows = min(ROWS, tokens)
-        generator = torch.Generator().manual_seed(vocab)
-        student = torch.randn(self.rows, vocab, generator=generator) * 3
-        teacher = student + torch.randn(self.rows, vocab, generator=generator)
-        labels = torch.randint(vocab, (self.rows,), generator=generator)
-        labels[::2] = teacher[::2].argmax(-1)  # likely labels and unlikely ones
+        if logits == "real":
+            student, teacher, labels = (x[: self.rows] for x in real_rows.load())
+        else:
+            student, teacher, labels = self._random(torch.Generator().manual_seed(vocab))
         self.distinct = student.to(device, dtype), teacher.to(device, dtype), labels.to(device)
         self.of_row = torch.arange(tokens, device=device) % self.rows
         self.student, self.teacher, self.labels = (x[self.of_row] for x in self.distinct)
+
+    def _random(self, generator):
+        student = torch.randn(self.rows, self.vocab, generator=generator) * 3
+        teacher = student + torch.randn(self.rows, self.vocab, generator=generator)
+        labels = torch.randint(self.vocab, (self.rows,), generator=generator)
+        labels[::2] = teacher[::2].argmax(-1)  # likely labels and unlikely ones
+        return student, teacher, labels
 
     def upstream(self, out, scale):
         """The gradient given to backward. Softmax takes the teacher's logits for one."""

@@ -16,8 +16,9 @@ for name in ("matplotlib", "tqdm"):
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.append(str(BENCH))  # as `python bench/run.py` would have it
-plots, providers, tables, timing, truth = (
-    importlib.import_module(name) for name in ("plots", "providers", "tables", "timing", "truth")
+plots, providers, real_rows, tables, timing, truth = (
+    importlib.import_module(name)
+    for name in ("plots", "providers", "real_rows", "tables", "timing", "truth")
 )
 _spec = importlib.util.spec_from_file_location("bench_run", BENCH / "run.py")  # the demo has a run
 run = sys.modules["bench_run"] = importlib.util.module_from_spec(_spec)
@@ -230,3 +231,22 @@ def test_the_command_line(tmp_path):
 
     assert "--providers" in said("--help").stdout
     assert "must be positive" in said("--tokens", "0").stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labelled"])
+def test_real_rows_are_read_once(dtype, labelled):
+    """Of the 4,096 that these eight are from, none was read twice (bench/real_rows.py)."""
+    student, teacher, labels = real_rows.load()
+    assert student.shape == teacher.shape == (8, real_rows.VOCAB)
+    rows = student.to(dtype), teacher.to(dtype), labels if labelled else None
+    assert real_rows.read_twice(*rows) == 0
+    rows[0][0, 7] = -torch.inf  # and the count can see
+    assert real_rows.read_twice(*rows) == 1
+
+
+def test_real_logits_are_measured(tmp_path):
+    arguments = "--logits real --op reverse_kl --mode both --providers tiled --tokens 8".split()
+    status, rows, _ = bench(tmp_path, *arguments, "--repeats", "1", "--dtype", "bfloat16")
+    assert status == 0
+    assert [(r["logits"], r["vocab"], r["check"]) for r in rows] == [("real", "49152", "ok")]
