@@ -74,8 +74,8 @@ class Entry:
 class Measurement:
     """All providers on one case. ``rows`` may be asked for at any time."""
 
-    def __init__(self, case, entries, modes, clock, copy, logits):
-        self.case, self.entries, self.modes, self.logits = case, entries, modes, logits
+    def __init__(self, case, entries, modes, clock, copy):
+        self.case, self.entries, self.modes = case, entries, modes
         self.clock, self.copy, self.copy_times = clock, copy, []
         self.read = Read(copy) if case.device.type == "cuda" and copy else None
         self.read_times = []
@@ -152,7 +152,7 @@ class Measurement:
                     "dtype": str(case.dtype).removeprefix("torch."),
                     "vocab": case.vocab,
                     "tokens": case.tokens,
-                    "logits": self.logits,
+                    "logits": case.logits,
                     "provider": entry.provider.name,
                     "version": entry.provider.version,
                     "note": entry.note,
@@ -194,7 +194,7 @@ def measure(options, notes, keep):
                 torch._dynamo.reset()  # each shape compiled for itself, none over the limit
             case = Case(op, DTYPES[dtype], vocab, options.tokens, options.device, options.logits)
             entries = [Entry(provider) for provider in taking_part[op]]
-            measurement = Measurement(case, entries, options.mode, clock, copy, options.logits)
+            measurement = Measurement(case, entries, options.mode, clock, copy)
 
             def step(name, place=f"{op} {dtype} V={vocab}", units=vocab):
                 bar.set_description_str(f"{place} {name}", refresh=False)

@@ -30,7 +30,7 @@ class Case:
 
     def __init__(self, op, dtype, vocab, tokens, device, logits="random"):
         self.op, self.dtype, self.vocab, self.tokens, self.device = op, dtype, vocab, tokens, device
-        self.rows = min(ROWS, tokens)
+        self.logits, self.rows = logits, min(ROWS, tokens)
         if logits == "real":
             student, teacher, labels = (x[: self.rows] for x in real_rows.load())
         else:
