@@ -205,12 +205,11 @@ def _module_message(name: str, module: torch.nn.Module) -> str:
 
 def autocasting(device: str) -> bool:
     """Whether autocast is on; there are devices, such as meta, that have none."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+    if torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace the other question
+        has_one = device != "meta"
+    else:
+        has_one = torch.amp.is_autocast_available(device)
+    return has_one and torch.is_autocast_enabled(device)
 
 
 def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -> torch.dtype:

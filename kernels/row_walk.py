@@ -17,6 +17,8 @@ ALIGNED promises that all rows walked together lie equally far from a 16-byte bo
 the loads are narrower, and a mask on single columns costs nothing: the label's is left out alone.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -26,6 +28,9 @@ from .. import formulas
 NO_LABEL: tl.constexpr = tl.constexpr(formulas.NO_LABEL)
 IGNORED: tl.constexpr = tl.constexpr(formulas.IGNORED)
 INVALID: tl.constexpr = tl.constexpr(formulas.INVALID)
+# Bytes of the line that a row's body starts at. A GPU's tensors start at such a line; a CPU's start
+# at 64 bytes, and in the interpreter the same numbers are to give the same bits wherever they lie.
+LINE: tl.constexpr = tl.constexpr(64 if os.environ.get("TRITON_INTERPRET") == "1" else 128)
 
 
 @triton.jit
@@ -40,9 +45,9 @@ def cut_row(row_ptr, V, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.cons
     head = 0
     if ALIGNED:
         # VEC columns are 16 bytes
-        BYTES: tl.constexpr = 128 if LANES >= 10 * VEC else 16
+        BYTES: tl.constexpr = LINE if LANES >= 10 * VEC else 16
         past = (row_ptr.to(tl.int64) % BYTES).to(tl.int32)
-        head = tl.minimum((BYTES - past) % BYTES // (16 // VEC), V)
+        head = tl.minimum((-past + BYTES) % BYTES // (16 // VEC), V)
     return head, (V - head) // VEC
 
 

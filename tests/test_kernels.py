@@ -16,7 +16,7 @@ import drkl_triton
 from drkl_triton import algebra, backends, drkl, kernels, tiled
 from drkl_triton._layout import rows_of
 from drkl_triton.kernels import tuning
-from drkl_triton.kernels.row_walk import cut_row
+from drkl_triton.kernels.row_walk import LINE, cut_row
 
 ONE = torch.ones(())
 
@@ -196,7 +196,7 @@ def test_the_body_starts_at_a_boundary(V, lanes, dtype):
     """The interpreter would not mind a wrong start; a GPU would fault or read something else."""
     x = torch.zeros(9, V, dtype=dtype)
     item, vec = x.element_size(), 16 // x.element_size()
-    boundary = 128 if lanes == 128 or dtype == torch.float64 else 16
+    boundary = LINE.value if lanes == 128 or dtype == torch.float64 else 16
     cuts = torch.full((9, 2), -1)
     cut_kernel[(9,)](x, cuts, V, V, LANES=lanes, VEC=vec)
     for row, (head, body) in zip(x, cuts.tolist(), strict=True):
