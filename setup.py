@@ -45,9 +45,9 @@ setup(
     package_data={"drkl_triton": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "numpy",
-        'triton>=3.2; platform_system == "Linux"',
+        'triton>=3.4; platform_system == "Linux"',
     ],
     # Exact versions stand in constraints.txt.
     extras_require={

@@ -22,6 +22,8 @@ A tile whose logits are all finite is folded without a select (CAREFUL False): a
 the sums NaN or infinite, which says afterwards that the row must be walked again, with them.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -31,6 +33,17 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # What a and h are multiplied with: 2^-24, so that 2^22 differences of the largest logits still have
 # a sum.
 UNIT: tl.constexpr = tl.constexpr(formulas.UNIT)
+
+
+class State(NamedTuple):
+    """The formulas above; a number each, or one a lane. The order is that of formulas.Sums."""
+
+    m_s: tl.tensor
+    d_s: tl.tensor
+    a: tl.tensor
+    h: tl.tensor
+    m_t: tl.tensor
+    d_t: tl.tensor
 
 
 @triton.jit
@@ -43,53 +56,58 @@ def empty_lanes(LANES: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY: tl.constexpr, CAREFUL: tl.constexpr):
-    """Fold the columns of the tiles s, t [LANES, VEC] into the lanes' state. CAREFUL: a column is
-    absent where both are -inf.
+def no_columns(LANES: tl.constexpr, ACC: tl.constexpr):
+    floor, zero = empty_lanes(LANES, ACC)
+    return State(floor, zero, zero, zero, floor, zero)
+
+
+@triton.jit
+def add_tile(S, x, scale, ENTROPY: tl.constexpr, CAREFUL: tl.constexpr):
+    """Fold the columns of the pair of tiles x [LANES, VEC] into the lanes' state. CAREFUL: a column
+    is absent where both are -inf.
     """
-    new_s = tl.maximum(m_s, tl.max(s, axis=1))
-    new_t = tl.maximum(m_t, tl.max(t, axis=1))
-    d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY)
-    x = s - new_s[:, None]
-    z = t - new_t[:, None]
-    e = tl.exp2(x * scale)
-    d_s += tl.sum(e, axis=1)
-    d_t += tl.sum(tl.exp2(z * scale), axis=1)
+    new_s = tl.maximum(S.m_s, tl.max(x.s, axis=1))
+    new_t = tl.maximum(S.m_t, tl.max(x.t, axis=1))
+    S = move_maxima(S, new_s, new_t, scale, ENTROPY)
+    s = x.s - new_s[:, None]
+    t = x.t - new_t[:, None]
+    e = tl.exp2(s * scale)
+    d_s = S.d_s + tl.sum(e, axis=1)
+    d_t = S.d_t + tl.sum(tl.exp2(t * scale), axis=1)
+    a, h = S.a, S.h
     if CAREFUL:
         # 0 * inf is NaN: a column the student leaves out is selected by its logit, before any
         # product. UNIT comes before the sum, which differences of masks would overflow.
-        absent = s == float("-inf")
-        a += tl.sum(e * tl.where(absent, 0.0, x * UNIT - z * UNIT), axis=1)
+        absent = x.s == float("-inf")
+        a += tl.sum(e * tl.where(absent, 0.0, s * UNIT - t * UNIT), axis=1)
         if ENTROPY:
-            h += tl.sum(e * tl.where(absent, 0.0, x * UNIT), axis=1)
+            h += tl.sum(e * tl.where(absent, 0.0, s * UNIT), axis=1)
     else:
-        a += tl.sum(e * (x - z), axis=1) * UNIT
+        a += tl.sum(e * (s - t), axis=1) * UNIT
         if ENTROPY:
-            h += tl.sum(e * x, axis=1) * UNIT
-    return new_s, d_s, a, h, new_t, d_t
+            h += tl.sum(e * s, axis=1) * UNIT
+    return State(new_s, d_s, a, h, new_t, d_t)
 
 
 @triton.jit
-def move_maxima(m_s, d_s, a, h, m_t, d_t, new_s, new_t, scale, ENTROPY: tl.constexpr):
-    """The sums (d_s, a, h, d_t), taken relative to the maxima m, made relative to higher maxima."""
-    down_s = m_s - new_s
-    down_t = m_t - new_t
+def move_maxima(S, new_s, new_t, scale, ENTROPY: tl.constexpr):
+    """The state made relative to higher maxima."""
+    down_s = S.m_s - new_s
+    down_t = S.m_t - new_t
     rescale = tl.exp2(down_s * scale)
-    d_s *= rescale
+    d_s = S.d_s * rescale
     # Where nothing is left of the state down_s may be anything, even -inf: 0 * -inf would be NaN.
     empty = d_s == 0.0
-    a = rescale * a + d_s * tl.where(empty, 0.0, down_s * UNIT - down_t * UNIT)
+    a = rescale * S.a + d_s * tl.where(empty, 0.0, down_s * UNIT - down_t * UNIT)
+    h = S.h
     if ENTROPY:
         h = rescale * h + d_s * tl.where(empty, 0.0, down_s * UNIT)
-    return d_s, a, h, d_t * tl.exp2(down_t * scale)
+    return State(new_s, d_s, a, h, new_t, S.d_t * tl.exp2(down_t * scale))
 
 
 @triton.jit
-def merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY: tl.constexpr):
+def merge_lanes(S, scale, ENTROPY: tl.constexpr):
     """Merge the states along axis 0."""
-    top_s = tl.max(m_s, axis=0)
-    top_t = tl.max(m_t, axis=0)
-    d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
-    d_s = tl.sum(d_s, axis=0)
-    d_t = tl.sum(d_t, axis=0)
-    return top_s, d_s, tl.sum(a, axis=0), tl.sum(h, axis=0), top_t, d_t
+    S = move_maxima(S, tl.max(S.m_s, axis=0), tl.max(S.m_t, axis=0), scale, ENTROPY)
+    d_s, a, h = tl.sum(S.d_s, axis=0), tl.sum(S.a, axis=0), tl.sum(S.h, axis=0)
+    return State(S.m_s, d_s, a, h, S.m_t, tl.sum(S.d_t, axis=0))

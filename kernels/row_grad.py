@@ -10,25 +10,39 @@ the row is infinite (the label's aside): then the product above is right as it s
 NaN has w0 = NaN. Reads 2 N V elements and writes N V, each once.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from . import launch, tuning
 from .online_softmax import LOG2E
-from .row_sums import load_pair, load_whole_pair
 from .row_walk import (
+    Geometry,
+    Pair,
     body_pointer,
     cut_row,
     end_columns,
-    label_place,
+    load_pair,
+    load_whole_pair,
+    place,
     row_pointer,
-    share_of_row,
     split_tiles,
     tile_offsets,
     vectors,
 )
 
 SCALARS = 7
+
+
+class Scalars(NamedTuple):
+    """The formula above."""
+
+    m_s: tl.tensor
+    m_t: tl.tensor
+    shift: tl.tensor
+    w1: tl.tensor
+    w0: tl.tensor
 
 
 @triton.jit
@@ -41,106 +55,48 @@ def to_output(g, OUT: tl.constexpr):
 
 
 @triton.jit
-def gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL: tl.constexpr, OUT: tl.constexpr):
-    x = s - m_s
-    e = tl.exp2(x * scale - shift)
-    g = e * (w1 * (x - (t - m_t)) + w0)
+def gradient(x, W, scale, CAREFUL: tl.constexpr, OUT: tl.constexpr):
+    s = x.s - W.m_s
+    e = tl.exp2(s * scale - W.shift)
+    g = e * (W.w1 * (s - (x.t - W.m_t)) + W.w0)
     if CAREFUL:
         # The student leaves the column out, or as good as: 0, whatever the teacher says. 0 * inf is
         # NaN.
-        g = tl.where(e == 0.0, tl.where(w0 == w0, 0.0, w0), g)
+        g = tl.where(e == 0.0, tl.where(W.w0 == W.w0, 0.0, W.w0), g)
     return to_output(g, OUT)
 
 
 @triton.jit
-def grad_tiles(
-    s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-    filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """The tiles first ... last - 1, without ``picked`` if that is one of them."""
+def grad_tiles(here, d_body, W, scale, CAREFUL: tl.constexpr, G: tl.constexpr):
+    """The share's whole tiles without ``picked``, if that is one of them."""
     UNROLL: tl.constexpr = 1 if CAREFUL else 2
-    for i in tl.range(first, last - mine.to(tl.int32), loop_unroll_factor=UNROLL):
-        tile = i + (i >= picked).to(tl.int32)
-        s, t = load_whole_pair(s_body, t_body, tile, filter_value, LANES, VEC, ACC, ALIGNED)
-        g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, CAREFUL, d_body.dtype.element_ty)
-        tl.store(d_body + tile_offsets(tile, LANES, VEC, ALIGNED), g)
+    for i in tl.range(here.first, here.last - here.mine.to(tl.int32), loop_unroll_factor=UNROLL):
+        x = load_whole_pair(here, i, G)
+        tile = i + (i >= here.picked).to(tl.int32)
+        g = gradient(x, W, scale, CAREFUL, d_body.dtype.element_ty)
+        tl.store(d_body + tile_offsets(tile, G.VEC, G), g)
 
 
 @triton.jit
-def grad_part(
-    s_ptr, t_ptr, d_ptr, offs, mask, scale, m_s, m_t, shift, w1, w0, filter_value,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def grad_part(ptr, d_ptr, offs, mask, W, scale, filter_value, G: tl.constexpr):
     """The columns under the mask."""
-    s, t = load_pair(s_ptr, t_ptr, offs, mask, filter_value, ACC)
-    g = gradient(s, t, scale, m_s, m_t, shift, w1, w0, True, d_ptr.dtype.element_ty)
-    tl.store(d_ptr + offs, g, mask=mask)
+    x = load_pair(ptr, offs, mask, filter_value, G)
+    tl.store(d_ptr + offs, gradient(x, W, scale, True, d_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_zeros(
-    row_ptr, head, body, V, split, splits,
-    LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Zero a share of a row."""
-    ptr = body_pointer(row_ptr, head, ALIGNED)
-    zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
-    first, last, is_end = split_tiles(body, split, splits, LANES)
+def store_zeros(row_ptr, head, body, V, SPLIT: tl.constexpr, G: tl.constexpr):
+    """Zero this program's share of a row."""
+    ptr = body_pointer(row_ptr, head, G)
+    zeros = tl.zeros([G.LANES, G.VEC], row_ptr.dtype.element_ty)
+    first, last, is_end = split_tiles(body, SPLIT, G)
     for i in range(first, last):
-        tl.store(ptr + tile_offsets(i, LANES, VEC, ALIGNED), zeros)
+        tl.store(ptr + tile_offsets(i, G.VEC, G), zeros)
     if is_end:
-        offs, mask = vectors(body // LANES, body, -1, LANES, VEC, ALIGNED)
+        offs, mask = vectors(body // G.LANES, body, -1, G)
         tl.store(ptr + offs, zeros, mask=mask)
-        cols, ends = end_columns(head, body, -1, V, LANES, VEC, ALIGNED)
-        tl.store(row_ptr + cols, tl.zeros([LANES, 1], row_ptr.dtype.element_ty), mask=ends)
-
-
-@triton.jit
-def grad_share(
-    student_ptr, teacher_ptr, d_row, row, head, body, label, scale, filter_value,
-    m_s, m_t, shift, w1, w0, at_label, care,
-    stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Write one of the row's shares of the gradient, which is not 0 everywhere."""
-    s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
-    t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
-    s_body = body_pointer(s_row, head, ALIGNED)
-    t_body = body_pointer(t_row, head, ALIGNED)
-    d_body = body_pointer(d_row, head, ALIGNED)
-    skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
-    first, last, is_end = split_tiles(body, split, splits, LANES)
-    mine = (label_tile >= first) & (label_tile < last)
-    picked = tl.where(mine, label_tile, last)
-
-    if filter_value is not None or care != 0.0:
-        grad_tiles(
-            s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-            filter_value, LANES, VEC, ACC, ALIGNED, True,
-        )  # fmt: skip
-    else:
-        grad_tiles(
-            s_body, t_body, d_body, first, last, mine, picked, scale, m_s, m_t, shift, w1, w0,
-            None, LANES, VEC, ACC, ALIGNED, False,
-        )  # fmt: skip
-    if mine:
-        offs, mask = vectors(picked, body, skip, LANES, VEC, ALIGNED)
-        grad_part(
-            s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0, filter_value, ACC
-        )
-    if is_end:
-        offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
-        grad_part(
-            s_body, t_body, d_body, offs, mask, scale, m_s, m_t, shift, w1, w0, filter_value, ACC
-        )
-        cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
-        grad_part(
-            s_row, t_row, d_row, cols, ends & (cols != label), scale, m_s, m_t, shift, w1, w0,
-            filter_value, ACC,
-        )  # fmt: skip
-        if label >= 0:
-            tl.store(d_row + label, to_output(at_label, d_row.dtype.element_ty))
+        cols, ends = end_columns(head, body, -1, V, G)
+        tl.store(row_ptr + cols, tl.zeros([G.LANES, 1], row_ptr.dtype.element_ty), mask=ends)
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -152,15 +108,16 @@ def row_grad_kernel(
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # Invariant: every column below V is written by exactly one program, once.
+    FILTERED: tl.constexpr = filter_ptr is not None
+    G: tl.constexpr = Geometry(LANES, VEC, ACC, ALIGNED, FILTERED, False)
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     scalars_ptr += row
     shift = tl.load(scalars_ptr + 2 * N)
     d_row = dstudent_ptr + row * stride_d
-    head, body = cut_row(d_row, V, LANES, VEC, ALIGNED)
-    split, splits = share_of_row(SPLIT)
+    head, body = cut_row(d_row, V, G)
     if shift == float("inf"):
-        store_zeros(d_row, head, body, V, split, splits, LANES, VEC, ALIGNED)
+        store_zeros(d_row, head, body, V, SPLIT, G)
     else:
         m_s = tl.load(scalars_ptr)
         m_t = tl.load(scalars_ptr + N)
@@ -168,17 +125,31 @@ def row_grad_kernel(
         w0 = tl.load(scalars_ptr + 4 * N)
         at_label = tl.load(scalars_ptr + 5 * N)
         care = tl.load(scalars_ptr + 6 * N)
+        W = Scalars(m_s, m_t, shift, w1, w0)
         label = tl.load(label_ptr + row).to(tl.int32)
         scale = tl.load(scale_ptr).to(ACC) * LOG2E
-        filter_value = None
-        if filter_ptr is not None:
+        filter_value = scale
+        if FILTERED:
             filter_value = tl.load(filter_ptr).to(ACC)
-        grad_share(
-            student_ptr, teacher_ptr, d_row, row, head, body, label, scale,
-            filter_value, m_s, m_t, shift, w1, w0, at_label, care,
-            stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
-            LANES, VEC, ACC, ALIGNED,
-        )  # fmt: skip
+        s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
+        t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
+        here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, False)
+        d_body = body_pointer(d_row, head, G)
+        if FILTERED or care != 0.0:
+            grad_tiles(here, d_body, W, scale, True, G)
+        else:
+            grad_tiles(here, d_body, W, scale, False, G)
+        if here.mine:
+            offs, mask = vectors(here.picked, body, here.skip, G)
+            grad_part(here.body_ptr, d_body, offs, mask, W, scale, filter_value, G)
+        if here.is_end:
+            offs, mask = vectors(body // G.LANES, body, here.skip, G)
+            grad_part(here.body_ptr, d_body, offs, mask, W, scale, filter_value, G)
+            cols, ends = end_columns(head, body, here.skip, V, G)
+            ends = ends & (cols != label)
+            grad_part(here.ptr, d_row, cols, ends, W, scale, filter_value, G)
+            if label >= 0:
+                tl.store(d_row + label, to_output(at_label, d_row.dtype.element_ty))
 
 
 def row_grad(

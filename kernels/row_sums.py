@@ -17,24 +17,25 @@ from ..formulas import Sums
 from . import launch, tuning
 from .online_softmax import (
     LOG2E,
+    State,
     add_tile,
     empty_lanes,
     merge_lanes,
     move_maxima,
+    no_columns,
 )
 from .row_walk import (
     IGNORED,
     INVALID,
+    Geometry,
+    Pair,
     beside,
-    body_pointer,
     cut_row,
     end_columns,
-    label_place,
-    load_tile,
-    load_vectors,
+    load_pair,
+    load_whole_pair,
+    place,
     row_pointer,
-    share_of_row,
-    split_tiles,
     vectors,
 )
 
@@ -42,192 +43,80 @@ FIELDS: tl.constexpr = tl.constexpr(9)
 
 
 @triton.jit
-def on_support(s, t, filter_value):
-    """Both -inf, which is absent, where the teacher's logit is at most ``filter_value``."""
-    if filter_value is not None:
-        absent = t <= filter_value
-        s = tl.where(absent, float("-inf"), s)
-        t = tl.where(absent, float("-inf"), t)
-    return s, t
-
-
-@triton.jit
-def load_pair(s_ptr, t_ptr, offs, mask, filter_value, ACC: tl.constexpr):
-    """Both tiles in the accumulator's dtype; a masked column is -inf in both, which is absent."""
-    s = load_tile(s_ptr + offs, mask, float("-inf"), ACC)
-    t = load_tile(t_ptr + offs, mask, float("-inf"), ACC)
-    return on_support(s, t, filter_value)
-
-
-@triton.jit
-def load_whole_pair(
-    s_body, t_body, tile, filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
-    s = load_vectors(s_body, tile, LANES, VEC, ACC, ALIGNED)
-    t = load_vectors(t_body, tile, LANES, VEC, ACC, ALIGNED)
-    return on_support(s, t, filter_value)
-
-
-@triton.jit
-def is_missing(s, t):
+def is_missing(x):
     """2 where the teacher leaves out what the student does not."""
-    return ((t == float("-inf")) & (s != float("-inf"))).to(tl.int32) * 2
+    return ((x.t == float("-inf")) & (x.s != float("-inf"))).to(tl.int32) * 2
 
 
 @triton.jit
-def add_part(
-    m_s, d_s, a, h, m_t, d_t, care, s_ptr, t_ptr, offs, mask, scale, filter_value,
-    ACC: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
+def add_part(S, care, ptr, offs, mask, scale, filter_value, G: tl.constexpr):
     """Load what the mask leaves, fold it into the lanes' state, and note in ``care`` the lanes
     where one of the two leaves out one of these columns.
     """
-    s, t = load_pair(s_ptr, t_ptr, offs, mask, filter_value, ACC)
-    absent = ((s == float("-inf")) & mask).to(tl.int32)
-    care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(s, t)), axis=1))
-    m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, True)
-    return m_s, d_s, a, h, m_t, d_t, care
+    x = load_pair(ptr, offs, mask, filter_value, G)
+    absent = ((x.s == float("-inf")) & mask).to(tl.int32)
+    care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(x)), axis=1))
+    return add_tile(S, x, scale, G.ENTROPY, True), care
 
 
 @triton.jit
-def sum_uneven_parts(
-    s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-    filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):  # fmt: skip
+def sum_uneven_parts(here, scale, G: tl.constexpr):
     """The lanes' state after all that takes a mask: tile ``picked`` without the label's vector and,
     where is_end, the body's last tile and the ends. Last comes ``care`` [LANES].
     """
-    m_s, d_s = empty_lanes(LANES, ACC)
-    m_t, d_t, a, h = m_s, d_s, d_s, d_s
-    care = tl.zeros([LANES], tl.int32)
-    offs, mask = vectors(picked, last * LANES, skip, LANES, VEC, ALIGNED)
-    m_s, d_s, a, h, m_t, d_t, care = add_part(
-        m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale, filter_value,
-        ACC, ENTROPY,
-    )  # fmt: skip
-    if is_end:
-        offs, mask = vectors(body // LANES, body, skip, LANES, VEC, ALIGNED)
-        m_s, d_s, a, h, m_t, d_t, care = add_part(
-            m_s, d_s, a, h, m_t, d_t, care, s_body, t_body, offs, mask, scale,
-            filter_value, ACC, ENTROPY,
-        )  # fmt: skip
-        cols, ends = end_columns(head, body, skip, V, LANES, VEC, ALIGNED)
-        m_s, d_s, a, h, m_t, d_t, care = add_part(
-            m_s, d_s, a, h, m_t, d_t, care, s_row, t_row, cols, ends & (cols != label), scale,
-            filter_value, ACC, ENTROPY,
-        )  # fmt: skip
-    return m_s, d_s, a, h, m_t, d_t, care
+    S = no_columns(G.LANES, G.ACC)
+    care = tl.zeros([G.LANES], tl.int32)
+    offs, mask = vectors(here.picked, here.last * G.LANES, here.skip, G)
+    S, care = add_part(S, care, here.body_ptr, offs, mask, scale, here.filter_value, G)
+    if here.is_end:
+        offs, mask = vectors(here.body // G.LANES, here.body, here.skip, G)
+        S, care = add_part(S, care, here.body_ptr, offs, mask, scale, here.filter_value, G)
+        cols, ends = end_columns(here.head, here.body, here.skip, here.V, G)
+        ends = ends & (cols != here.label)
+        S, care = add_part(S, care, here.ptr, cols, ends, scale, here.filter_value, G)
+    return S, care
 
 
 @triton.jit
-def sum_row(
-    s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked, is_end, scale,
-    filter_value, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    ENTROPY: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """The row's sums (m_s, d_s, a, h, m_t, d_t), and ``care``. Not CAREFUL: care > 0 says that the
-    sums are wrong, because a logit is infinite or NaN, or a difference of logits has no sum.
+def sum_row(here, scale, CAREFUL: tl.constexpr, G: tl.constexpr):
+    """The state of the share's columns, and ``care``. Not CAREFUL: care > 0 says that the state is
+    wrong, because a logit is infinite or NaN, or a difference of logits has no sum.
     """
-    m_s, d_s, a, h, m_t, d_t, care = sum_uneven_parts(
-        s_row, t_row, s_body, t_body, label, skip, head, body, V, picked, last, is_end, scale,
-        filter_value, LANES, VEC, ACC, ALIGNED, ENTROPY,
-    )  # fmt: skip
-    stop = last - 1
+    S, care = sum_uneven_parts(here, scale, G)
+    first, stop = here.first, here.last - 1
     if not CAREFUL:
         # A padded vocabulary has its -inf at the end, which is already walked: do not even start.
         stop = tl.where(tl.max(care, axis=0) > 0, first, stop)
         # from here on no lane is empty
-        top_s = m_s * 0 + tl.max(m_s, axis=0)
-        top_t = m_t * 0 + tl.max(m_t, axis=0)
-        d_s, a, h, d_t = move_maxima(m_s, d_s, a, h, m_t, d_t, top_s, top_t, scale, ENTROPY)
-        m_s, m_t = top_s, top_t
-    if not CAREFUL:
+        top_s = S.m_s * 0 + tl.max(S.m_s, axis=0)
+        top_t = S.m_t * 0 + tl.max(S.m_t, axis=0)
+        S = move_maxima(S, top_s, top_t, scale, G.ENTROPY)
         # two tiles at a time: their loads wait together, and what a lane costs is halved
         for i in range(first, stop - 1, 2):
-            tile = i + (i >= picked).to(tl.int32)
-            s0, t0 = load_whole_pair(s_body, t_body, tile, None, LANES, VEC, ACC, ALIGNED)
-            tile = i + 1 + (i + 1 >= picked).to(tl.int32)
-            s1, t1 = load_whole_pair(s_body, t_body, tile, None, LANES, VEC, ACC, ALIGNED)
-            s, t = beside(s0, s1), beside(t0, t1)
-            m_s, d_s, a, h, m_t, d_t = add_tile(
-                m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, False
-            )
+            x = beside(load_whole_pair(here, i, G), load_whole_pair(here, i + 1, G))
+            S = add_tile(S, x, scale, G.ENTROPY, False)
         first += (stop - first) // 2 * 2
     for i in range(first, stop):
-        tile = i + (i >= picked).to(tl.int32)
-        s, t = load_whole_pair(s_body, t_body, tile, filter_value, LANES, VEC, ACC, ALIGNED)
-        m_s, d_s, a, h, m_t, d_t = add_tile(m_s, d_s, a, h, m_t, d_t, s, t, scale, ENTROPY, CAREFUL)
-        if CAREFUL and filter_value is None:
-            care = tl.maximum(care, tl.max(is_missing(s, t), axis=1))
-    m_s, d_s, a, h, m_t, d_t = merge_lanes(m_s, d_s, a, h, m_t, d_t, scale, ENTROPY)
+        x = load_whole_pair(here, i, G)
+        S = add_tile(S, x, scale, G.ENTROPY, CAREFUL)
+        if CAREFUL and not G.FILTERED:
+            care = tl.maximum(care, tl.max(is_missing(x), axis=1))
+    S = merge_lanes(S, scale, G.ENTROPY)
     care = tl.max(care, axis=0)
     if CAREFUL:
         care = tl.maximum(care, 1)
     else:
         # an infinite logit makes a NaN or an infinity of `a`: 0 * inf, e * inf, inf - inf
-        finite = (tl.abs(a) < float("inf")) & (tl.abs(h) < float("inf"))
+        finite = (tl.abs(S.a) < float("inf")) & (tl.abs(S.h) < float("inf"))
         care = tl.where(finite, care, 1)
-    return m_s, d_s, a, h, m_t, d_t, care
+    return S, care
 
 
 @triton.jit
-def store_sums(ptr, stride_f, m_s, d_s, a, h, m_t, d_t, care):
-    tl.store(ptr, m_s)
-    tl.store(ptr + stride_f, d_s)
-    tl.store(ptr + 2 * stride_f, a)
-    tl.store(ptr + 3 * stride_f, h)
-    tl.store(ptr + 4 * stride_f, m_t)
-    tl.store(ptr + 5 * stride_f, d_t)
-    tl.store(ptr + 8 * stride_f, care.to(m_s.dtype))
-
-
-@triton.jit
-def sum_share(
-    student_ptr, teacher_ptr, sums_ptr, row, N, label, scale, filter_value,
-    stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
-    LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Store the sums of one of the row's shares; the last one's has the label's logits."""
-    # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
-    # never.
-    sums_ptr += split.to(tl.int64) * FIELDS * N + row
-    if (label != IGNORED) & (label != INVALID):
-        s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
-        t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
-        head, body = cut_row(s_row, V, LANES, VEC, ALIGNED)
-        s_body = body_pointer(s_row, head, ALIGNED)
-        t_body = body_pointer(t_row, head, ALIGNED)
-        skip, label_tile = label_place(label, head, body, LANES, VEC, ALIGNED)
-        first, last, is_end = split_tiles(body, split, splits, LANES)
-        # One tile goes before the others: the label's, which takes a mask, or any.
-        picked = tl.where((label_tile >= first) & (label_tile < last), label_tile, first)
-        if is_end:
-            s_label, t_label = load_pair(s_row, t_row, label, label >= 0, filter_value, ACC)
-            tl.store(sums_ptr + 6 * N, s_label)
-            tl.store(sums_ptr + 7 * N, t_label)
-
-        if filter_value is not None:  # a teacher with -inf is what it is for
-            care = 1
-        else:
-            m_s, d_s, a, h, m_t, d_t, care = sum_row(
-                s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, None, LANES, VEC, ACC, ALIGNED, ENTROPY, False,
-            )  # fmt: skip
-            store_sums(sums_ptr, N, m_s, d_s, a, h, m_t, d_t, care)
-        if care != 0:
-            cm_s, cd_s, ca, ch, cm_t, cd_t, care = sum_row(
-                s_row, t_row, s_body, t_body, label, skip, head, body, V, first, last, picked,
-                is_end, scale, filter_value, LANES, VEC, ACC, ALIGNED, ENTROPY, True,
-            )  # fmt: skip
-            store_sums(sums_ptr, N, cm_s, cd_s, ca, ch, cm_t, cd_t, care)
-    else:
-        zero = scale * 0.0
-        store_sums(sums_ptr, N, zero, zero, zero, zero, zero, zero, zero)
-        tl.store(sums_ptr + 6 * N, zero)
-        tl.store(sums_ptr + 7 * N, zero)
+def store_state(ptr, stride_f, S, care):
+    for k in tl.static_range(6):
+        tl.store(ptr + k * stride_f, S[k])
+    tl.store(ptr + 8 * stride_f, care.to(S.m_s.dtype))
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -238,19 +127,39 @@ def row_sums_kernel(
     LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
+    # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
+    # never. The last of a row's shares has the label's logits.
+    FILTERED: tl.constexpr = filter_ptr is not None
+    G: tl.constexpr = Geometry(LANES, VEC, ACC, ALIGNED, FILTERED, ENTROPY)
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    filter_value = None  # support="full". No function: those of Triton 3.6 cannot return None
-    if filter_ptr is not None:
+    filter_value = scale
+    if FILTERED:
         filter_value = tl.load(filter_ptr).to(ACC)
-    split, splits = share_of_row(SPLIT)
-    sum_share(
-        student_ptr, teacher_ptr, sums_ptr, row, N, label, scale, filter_value,
-        stride_so, stride_si, stride_to, stride_ti, inner_s, inner_t, V, split, splits,
-        LANES, VEC, ACC, ALIGNED, ENTROPY,
-    )  # fmt: skip
+    sums_ptr += tl.program_id(1).to(tl.int64) * FIELDS * N + row
+    if (label != IGNORED) & (label != INVALID):
+        s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
+        t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
+        head, body = cut_row(s_row, V, G)
+        # One tile goes before the others: the label's, which takes a mask, or any.
+        here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, True)
+        if here.is_end:
+            x = load_pair(here.ptr, label, label >= 0, filter_value, G)
+            tl.store(sums_ptr + 6 * N, x.s)
+            tl.store(sums_ptr + 7 * N, x.t)
+
+        care = 1  # FILTERED: a teacher with -inf is what it is for
+        if not FILTERED:
+            S, care = sum_row(here, scale, False, G)
+            store_state(sums_ptr, N, S, care)
+        if care != 0:
+            S, care = sum_row(here, scale, True, G)
+            store_state(sums_ptr, N, S, care)
+    else:
+        for k in tl.static_range(FIELDS):
+            tl.store(sums_ptr + k * N, scale * 0.0)
 
 
 @triton.jit
@@ -278,14 +187,13 @@ def merge_parts(parts_ptr, row, N, scale, SPLITS, BLOCK: tl.constexpr, ACC: tl.c
     mask = (part < SPLITS) & (row < N)[None, :]
     x = load_sums(parts_ptr, N, part.to(tl.int64) * FIELDS * N + row[None, :], mask)
     floor, _ = empty_lanes(1, ACC)
-    m_s, d_s, a, h, m_t, d_t = merge_lanes(
-        tl.where(mask, x.m_s, floor), x.d_s, x.a, x.h, tl.where(mask, x.m_t, floor), x.d_t, scale,
-        True,
-    )  # fmt: skip
+    m_s, m_t = tl.where(mask, x.m_s, floor), tl.where(mask, x.m_t, floor)
+    S = merge_lanes(State(m_s, x.d_s, x.a, x.h, m_t, x.d_t), scale, True)
     last = parts_ptr + (SPLITS - 1) * FIELDS * N + row
     s_label = tl.load(last + 6 * N, mask=row < N, other=0.0)
     t_label = tl.load(last + 7 * N, mask=row < N, other=0.0)
-    return Sums(m_s, d_s, a, h, m_t, d_t, s_label, t_label, tl.max(x.care, axis=0))
+    care = tl.max(x.care, axis=0)
+    return Sums(S.m_s, S.d_s, S.a, S.h, S.m_t, S.d_t, s_label, t_label, care)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ the loads are narrower, and a mask on single columns costs nothing: the label's 
 """
 
 import os
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -33,6 +34,42 @@ INVALID: tl.constexpr = tl.constexpr(formulas.INVALID)
 LINE: tl.constexpr = tl.constexpr(64 if os.environ.get("TRITON_INTERPRET") == "1" else 128)
 
 
+class Geometry(NamedTuple):
+    """What a launch is compiled for."""
+
+    LANES: tl.constexpr
+    VEC: tl.constexpr
+    ACC: tl.constexpr  # the accumulator's dtype
+    ALIGNED: tl.constexpr
+    FILTERED: tl.constexpr = tl.constexpr(False)  # columns are left out by the teacher's logit
+    ENTROPY: tl.constexpr = tl.constexpr(False)  # h is summed
+
+
+class Pair(NamedTuple):
+    """What there is one of for either model: pointers, or tiles of logits."""
+
+    s: tl.tensor
+    t: tl.tensor
+
+
+class Place(NamedTuple):
+    """Where a row of both models lies, and which share of it is this program's."""
+
+    ptr: Pair  # column 0
+    body_ptr: Pair  # the body's first column
+    head: tl.tensor  # columns before the body
+    body: tl.tensor  # vectors of the body
+    V: tl.tensor
+    label: tl.tensor
+    skip: tl.tensor  # what a mask leaves out of the body for the label (label_place)
+    first: tl.tensor  # the share's whole tiles are first ... last - 1
+    last: tl.tensor
+    mine: tl.tensor  # whether the label is in one of them
+    picked: tl.tensor  # the tile that goes before or after the others: the label's, if it is here
+    is_end: tl.tensor  # whether the masked rest is in this share
+    filter_value: tl.tensor  # with FILTERED: what the teacher's mask was filled with
+
+
 @triton.jit
 def row_pointer(ptr, row, stride_outer, stride_inner, inner):
     """The address of column 0; leading dimensions come as two strides, row = outer * inner + i."""
@@ -40,36 +77,36 @@ def row_pointer(ptr, row, stride_outer, stride_inner, inner):
 
 
 @triton.jit
-def cut_row(row_ptr, V, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def cut_row(row_ptr, V, G: tl.constexpr):
     """(head, body): columns before the boundary that the body starts at, and its whole vectors."""
     head = 0
-    if ALIGNED:
+    if G.ALIGNED:
         # VEC columns are 16 bytes
-        BYTES: tl.constexpr = LINE if LANES >= 10 * VEC else 16
+        BYTES: tl.constexpr = LINE if G.LANES >= 10 * G.VEC else 16
         past = (row_ptr.to(tl.int64) % BYTES).to(tl.int32)
-        head = tl.minimum((-past + BYTES) % BYTES // (16 // VEC), V)
-    return head, (V - head) // VEC
+        head = tl.minimum((-past + BYTES) % BYTES // (16 // G.VEC), V)
+    return head, (V - head) // G.VEC
 
 
 @triton.jit
-def body_pointer(row_ptr, head, ALIGNED: tl.constexpr):
+def body_pointer(row_ptr, head, G: tl.constexpr):
     ptr = row_ptr + head
-    if ALIGNED:
+    if G.ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     return ptr
 
 
 @triton.jit
-def label_place(label, head, body, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def label_place(label, head, body, G: tl.constexpr):
     """(skip, tile): what a mask leaves out of the body so that the label is left out, the number of
     its vector (without ALIGNED, of its column), and the tile that this lies in; -1 and -1 where the
     label lies in head or tail, or is none.
     """
-    inside = (label >= head) & (label < head + body * VEC)
+    inside = (label >= head) & (label < head + body * G.VEC)
     skip = label - head
-    tile = skip // (LANES * VEC)
-    if ALIGNED:
-        skip = skip // VEC
+    tile = skip // (G.LANES * G.VEC)
+    if G.ALIGNED:
+        skip = skip // G.VEC
     return tl.where(inside, skip, -1), tl.where(inside, tile, -1)
 
 
@@ -83,81 +120,126 @@ def share_of_row(SPLIT: tl.constexpr):
 
 
 @triton.jit
-def split_tiles(body, split, splits, LANES: tl.constexpr):
+def split_tiles(body, SPLIT: tl.constexpr, G: tl.constexpr):
     """(first, last, is_end): the unmasked tiles of this share of the row, and whether the masked
     rest is in it.
     """
-    tiles = body // LANES
+    split, splits = share_of_row(SPLIT)
+    tiles = body // G.LANES
     each = tl.cdiv(tiles, splits)
     first = tl.minimum(split * each, tiles)
     return first, tl.minimum(first + each, tiles), split == splits - 1
 
 
 @triton.jit
-def tile_offsets(tile, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def place(ptr, head, body, V, label, filter_value, SPLIT: tl.constexpr, G: tl.constexpr,
+          ANY: tl.constexpr):  # fmt: skip
+    """The Place of a row at the pair of pointers ``ptr``. Where the label is in none of the share's
+    tiles, ``picked`` is the first of them with ANY, and otherwise none.
+    """
+    body_ptr = Pair(body_pointer(ptr.s, head, G), body_pointer(ptr.t, head, G))
+    skip, label_tile = label_place(label, head, body, G)
+    first, last, is_end = split_tiles(body, SPLIT, G)
+    mine = (label_tile >= first) & (label_tile < last)
+    picked = tl.where(mine, label_tile, first if ANY else last)
+    return Place(
+        ptr, body_ptr, head, body, V, label, skip, first, last, mine, picked, is_end, filter_value
+    )
+
+
+@triton.jit
+def tile_offsets(tile, VEC: tl.constexpr, G: tl.constexpr):
     """Offsets [LANES, VEC] of a tile from the body's start. A lane has VEC neighbours, which are
     one load. Where they cannot be, it has VEC columns that lie LANES apart: neighbouring threads
     then load neighbours, and a lane still is one thread's.
     """
-    lane, k = tl.arange(0, LANES)[:, None], tl.arange(0, VEC)[None, :]
-    if ALIGNED:
-        return (tile * LANES + lane) * VEC + k
+    lane, k = tl.arange(0, G.LANES)[:, None], tl.arange(0, VEC)[None, :]
+    if G.ALIGNED:
+        return (tile * G.LANES + lane) * VEC + k
     else:
-        return tile * (LANES * VEC) + k * LANES + lane
+        return tile * (G.LANES * VEC) + k * G.LANES + lane
 
 
 @triton.jit
-def vectors(tile, body, skip, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def vectors(tile, body, skip, G: tl.constexpr):
     """Offsets [LANES, VEC] of a tile from the body's start, and the mask of those inside the body
     and not in `skip` (label_place; -1: none). With ALIGNED it is constant along VEC.
     """
-    offs = tile_offsets(tile, LANES, VEC, ALIGNED)
-    if ALIGNED:
-        vector = tile * LANES + tl.arange(0, LANES)
-        inside = ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, VEC) >= 0)[None, :]
+    offs = tile_offsets(tile, G.VEC, G)
+    if G.ALIGNED:
+        vector = tile * G.LANES + tl.arange(0, G.LANES)
+        inside = ((vector < body) & (vector != skip))[:, None] & (tl.arange(0, G.VEC) >= 0)[None, :]
     else:
-        inside = (offs < body * VEC) & (offs != skip)
+        inside = (offs < body * G.VEC) & (offs != skip)
     return offs, inside
 
 
 @triton.jit
-def end_columns(head, body, skip, V, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def end_columns(head, body, skip, V, G: tl.constexpr):
     """Columns and mask [LANES, 1] of what the body's tiles leave over: tail, the vector `skip` (-1:
     none) and head. One column a lane.
     """
-    lane = tl.arange(0, LANES)[:, None] + tl.arange(0, 1)[None, :]
-    in_tail, in_skip = lane < VEC, lane < 2 * VEC
-    skipped = head + (skip - 1) * VEC + lane
-    cols = tl.where(in_tail, head + body * VEC + lane, tl.where(in_skip, skipped, lane - 2 * VEC))
+    lane = tl.arange(0, G.LANES)[:, None] + tl.arange(0, 1)[None, :]
+    in_tail, in_skip = lane < G.VEC, lane < 2 * G.VEC
+    tail, skipped = head + body * G.VEC + lane, head + (skip - 1) * G.VEC + lane
+    cols = tl.where(in_tail, tail, tl.where(in_skip, skipped, lane - 2 * G.VEC))
     stop = tl.where(in_tail, V, head)
-    return cols, tl.where(in_skip & (lane >= VEC), (skip >= 0) & ALIGNED, cols < stop)
+    return cols, tl.where(in_skip & (lane >= G.VEC), (skip >= 0) & G.ALIGNED, cols < stop)
 
 
 @triton.jit
-def load_tile(ptrs, mask, other, ACC: tl.constexpr):
+def load_tile(ptrs, mask, other, G: tl.constexpr):
     """The elements under the mask, in the accumulator's dtype."""
-    return tl.load(ptrs, mask=mask, other=other).to(ACC)
+    return tl.load(ptrs, mask=mask, other=other).to(G.ACC)
 
 
 @triton.jit
-def load_vectors(
-    ptr, tile, LANES: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr
-):
+def load_vectors(ptr, tile, G: tl.constexpr):
     """A whole tile of the body that starts at ptr, in the accumulator's dtype."""
-    if ALIGNED and ptr.dtype.element_ty == tl.bfloat16:
+    if G.ALIGNED and ptr.dtype.element_ty == tl.bfloat16:
         # A bfloat16 is the upper half of a float32. Unpacked from 32-bit words two of them cost two
         # instructions; the compiler's own conversion takes three.
         words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = tl.load(words_ptr + tile_offsets(tile, LANES, VEC // 2, True))
+        words = tl.load(words_ptr + tile_offsets(tile, G.VEC // 2, G))
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & -65536).to(tl.float32, bitcast=True)
-        x = tl.reshape(tl.join(low, high), [LANES, VEC])
+        x = tl.reshape(tl.join(low, high), [G.LANES, G.VEC])
     else:
-        x = tl.load(ptr + tile_offsets(tile, LANES, VEC, ALIGNED))
-    return x.to(ACC)
+        x = tl.load(ptr + tile_offsets(tile, G.VEC, G))
+    return x.to(G.ACC)
+
+
+@triton.jit
+def on_support(x, filter_value, G: tl.constexpr):
+    """Both -inf, which is absent, where the teacher's logit is at most ``filter_value``."""
+    if G.FILTERED:
+        absent = x.t <= filter_value
+        x = Pair(tl.where(absent, float("-inf"), x.s), tl.where(absent, float("-inf"), x.t))
+    return x
+
+
+@triton.jit
+def load_pair(ptr, offs, mask, filter_value, G: tl.constexpr):
+    """Both tiles in the accumulator's dtype; a masked column is -inf in both, which is absent."""
+    s = load_tile(ptr.s + offs, mask, float("-inf"), G)
+    t = load_tile(ptr.t + offs, mask, float("-inf"), G)
+    return on_support(Pair(s, t), filter_value, G)
+
+
+@triton.jit
+def load_whole_pair(here, i, G: tl.constexpr):
+    """The share's i-th tile but ``picked``: those from there on move up."""
+    tile = i + (i >= here.picked).to(tl.int32)
+    x = Pair(load_vectors(here.body_ptr.s, tile, G), load_vectors(here.body_ptr.t, tile, G))
+    return on_support(x, here.filter_value, G)
 
 
 @triton.jit
 def beside(x, y):
-    """[LANES, 2 VEC] of two tiles [LANES, VEC]; each lane's columns stay in its thread."""
+    """[LANES, 2 VEC] of two pairs of tiles [LANES, VEC]; a lane's columns stay in its thread."""
+    return Pair(_beside(x.s, y.s), _beside(x.t, y.t))
+
+
+@triton.jit
+def _beside(x, y):
     return tl.reshape(tl.join(x, y), [x.shape[0], 2 * x.shape[1]])

@@ -16,7 +16,7 @@ import drkl_triton
 from drkl_triton import algebra, backends, drkl, kernels, tiled
 from drkl_triton._layout import rows_of
 from drkl_triton.kernels import tuning
-from drkl_triton.kernels.row_walk import LINE, cut_row
+from drkl_triton.kernels.row_walk import LINE, Geometry, cut_row
 
 ONE = torch.ones(())
 
@@ -184,7 +184,8 @@ def test_long_rows_are_walked_in_tiles(monkeypatch):
 @triton.jit
 def cut_kernel(x_ptr, out_ptr, stride, V, LANES: tl.constexpr, VEC: tl.constexpr):
     row = tl.program_id(0)
-    head, body = cut_row(x_ptr + row * stride, V, LANES, VEC, True)
+    G: tl.constexpr = Geometry(LANES, VEC, tl.float32, True)
+    head, body = cut_row(x_ptr + row * stride, V, G)
     tl.store(out_ptr + 2 * row, head)
     tl.store(out_ptr + 2 * row + 1, body)
 
