@@ -427,7 +427,10 @@ def _float16_scale(upstream: Tensor, loss: Loss) -> Tensor:
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor (0-dim), rounded once, to ``dtype`` (tiled.scale)."""
+    """x * factor (0-dim), rounded once, to ``dtype``; a factor of 0 makes 0 of whatever x holds."""
     out = tiled.new_output(x.shape, dtype, x.device)
-    tiled.scale(x, factor, out)
+    height = max(1, 8 * PART // max(1, x[:1].numel()))
+    for part, result in zip(x.split(height), out.split(height), strict=True):
+        # and an ignored row stays 0, whatever the factor is
+        result.copy_((part * factor).masked_fill_((factor == 0) | (part == 0), 0.0))
     return out

@@ -447,14 +447,6 @@ def gradient_table(
     return algebra.gradient_scalars(sums, label, inv_temperature, gamma, labelled, upstream)
 
 
-def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out = x * factor, some rows at a time; out may be x."""
-    height = max(1, SCRATCH // max(1, x[:1].numel()))
-    for part, result in zip(x.split(height), out.split(height), strict=True):
-        # an ignored row stays 0, whatever the factor is, and a factor of 0 makes 0 of everything
-        result.copy_((part * factor).masked_fill_((factor == 0) | (part == 0), 0.0))
-
-
 def softmax_forward(
     logits: Rows, inv_temperature: Tensor, N: int, *, log: bool = False
 ) -> tuple[Tensor, Tensor]:
