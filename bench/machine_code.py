@@ -14,7 +14,7 @@ import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,9 +27,11 @@ try:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from drkl_triton import kernels
+    from drkl_triton import _loss, _reduction, kernels, objectives
     from drkl_triton._layout import rows_of
-    from drkl_triton.algebra import SUMS
+    from drkl_triton.algebra import SUMS, WEIGHTS
+    from drkl_triton.facts import METRICS
+    from drkl_triton.kernels import tuning
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make venv, or: pip install -e '.[bench]'")
 
@@ -46,13 +48,15 @@ MAX_BARRIERS = 0
 # Bits a load or store in a loop moves for each thread. Below 128 the number of requests, not of
 # bytes, decides. gfx942: not every kernel and dtype gets there, so nothing is asked yet.
 MIN_BITS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "sm_120": 128, "gfx942": 0}
-# Executed instructions an element, forward + backward (row_sums + row_grad). While the 10 bytes of
+# Executed instructions an element, forward + backward, of reverse KL and of DRKL. While the 10 bytes of
 # a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on every
 # clock, and conversions and exponentials take longer than a slot. In a short row the ends count.
 MAX_INSTRUCTIONS = {
     "sm_90": {50257: 32, 128256: 30, 151936: 30},
     "sm_100": {50257: 31, 128256: 29, 151936: 29},
 }
+# Of the others on sm_90, in bfloat16: what they have, and a tenth.
+MAX_INSTRUCTIONS_OF = {}
 # Two exponentials in the scan and one in the gradient; two more whenever a lane's maxima move up,
 # every two vectors (an eighth of an element in 16 bits, a quarter in float32); and the ends, which
 # count in a short row. A multiprocessor does 16 a clock, an eighth of its multiplications.
@@ -95,11 +99,36 @@ VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 # What works on rows' sums alone (kernels/row_map.py): not in the plain case, which is counted.
-ROW_MAPS = ("row_labels", "row_losses", "reduce", "gradient_scalars")
+ROW_MAPS = ("row_labels", "row_losses", "reduce", "weights")
 # (tensors of logits read, tensors written); "log" is the LOG=True form
+# Objectives whose kernels differ: those of DRKL are reverse KL's, those of DKD forward KL's.
+OBJECTIVES = {
+    "reverse_kl": objectives.reverse_kl(),
+    "forward_kl": objectives.forward_kl(),
+    "mixed_kl": objectives.mixed_kl(),
+    "js_divergence": objectives.js_divergence(),
+    "skew_kl": objectives.skew_kl(),
+    "skew_reverse_kl": objectives.skew_reverse_kl(),
+    "total_variation": objectives.total_variation(),
+    "alpha_beta": objectives.alpha_beta(0.5, 0.5),
+    "cross_entropy": objectives.cross_entropy(),
+    "entropy": objectives.entropy(),
+}
+
+
+def loss_kernels(objective):
+    """{name: (tensors of logits read, written)} of the objective's kernels."""
+    suffix = "" if objective == "reverse_kl" else f" {objective}"
+    objective = OBJECTIVES[objective]
+    read = 2 if objective.needs_teacher else 1
+    found = {f"row_sums{suffix}": (read, 0)}
+    if any(f.is_pointwise for f, _, _ in objective.terms):
+        found[f"row_phi{suffix}"] = (read, 0)
+    return found | {f"row_grad{suffix}": (read, 1)}
+
+
 KERNELS = {
-    "row_sums": (2, 0),
-    "row_grad": (2, 1),
+    **{name: moved for objective in OBJECTIVES for name, moved in loss_kernels(objective).items()},
     "merge_sums": (0, 0),
     "softmax_sums": (1, 0),
     "softmax": (1, 1),
@@ -110,8 +139,8 @@ KERNELS = {
     "softmax_grad log": (2, 1),
     **dict.fromkeys(ROW_MAPS, (0, 0)),
 }
-# RKL and DRKL use the same two kernels.
-LOSS = ("row_sums", "row_grad")
+LOSSES = {" + ".join(loss_kernels(name)): tuple(loss_kernels(name)) for name in OBJECTIVES}
+LOSS = tuple(loss_kernels("reverse_kl"))
 LOSS_NAME = " + ".join(LOSS)
 SOFTMAX = {name for name in KERNELS if name.startswith("softmax")}
 
@@ -159,17 +188,22 @@ class StandIn:
         return torch.device("cpu")
 
 
+class Launched(dict):
+    suffix = ""
+
+
 @contextmanager
 def compiling(target, wanted=None):
     """Within it, a launch compiles for the target and runs nothing. Yields {name: (kernel, the
     launch's keyword arguments)}, filled as it goes; instead of the kernel an error, where it does
-    not compile. wanted: names; others are not compiled.
+    not compile. wanted: names; others are not compiled. ``launched.suffix`` is added to the names.
     """
-    launched = {}
+    launched = Launched()
     original = JITFunction.run
 
     def run(self, *args, grid, warmup=False, **flags):
         name = self.__name__.removesuffix("_kernel") + (" log" if flags.get("LOG") else "")
+        name += launched.suffix
         if name in launched or (wanted is not None and name not in wanted):
             return
         try:
@@ -186,7 +220,7 @@ def compiling(target, wanted=None):
         yield launched
 
 
-def launch_all(case, wanted, plain):
+def launch_all(case, launched, wanted, plain):
     """Launch, through the package's launchers, every kernel that is wanted."""
     N = 3  # strides and alignment decide what is compiled, not the number of rows
     V = case.vocab
@@ -197,10 +231,23 @@ def launch_all(case, wanted, plain):
     acc = torch.promote_types(torch.promote_types(case.student, case.teacher), torch.float32)
     one, label = torch.ones((), dtype=acc), torch.zeros(N, dtype=torch.int64)
     s, t = rows_of(student), rows_of(teacher)
-    if {*LOSS, "merge_sums"} & wanted:
-        flags = dict(splits=case.splits, filter_value=-one if case.support else None)
-        sums = kernels.row_sums(s, t, label, one, V, entropy=case.support, **flags)
-        kernels.row_grad(s, t, label, one, torch.empty_like(sums), V, **flags)
+    split = patch.object(tuning, "choose", partial(tuning.choose, splits=case.splits))
+    for name, objective in OBJECTIVES.items():
+        if not {*loss_kernels(name), "merge_sums"} & wanted:
+            continue
+        launched.suffix = "" if name == "reverse_kl" else f" {name}"
+        parameters = _reduction.parameters(objective.parameters, label, False, acc)
+        loss = _loss.of(kernels, objective, one, V)
+        if case.support:
+            needs = loss.needs | METRICS  # everything that a scan may sum
+            loss = loss._replace(filter_value=-one, needs=needs)
+        weights = torch.empty((WEIGHTS, N), dtype=acc)
+        with split:
+            loss.sum_parts(s, t, label, parameters)
+            if case.splits > 1:
+                loss.sums(s, t, label, parameters)
+            loss.write(s, t, label, parameters, weights)
+    launched.suffix = ""
     if not plain and wanted & {*ROW_MAPS}:
         launch_row_maps(case, N, one, label)
     if case.student == case.teacher and not case.support and wanted & SOFTMAX:
@@ -214,19 +261,22 @@ def launch_all(case, wanted, plain):
 
 
 def launch_row_maps(case, N, one, label):
-    """DRKL with labels and weights, in the support case with metrics; unlabelled for mixed dtypes,
-    and in float16 from hidden states for the splits.
+    """DRKL with labels and weights, in the support case with metrics; JSD for mixed dtypes, and in
+    float16 from hidden states for the splits.
     """
     labelled, metrics = case.student == case.teacher, case.support
-    rows = dict(labelled=labelled)
-    gamma, weight = (one, torch.empty(N, dtype=one.dtype)) if labelled else (None, None)
+    objective = objectives.drkl() if labelled else objectives.js_divergence()
+    loss = _loss.of(kernels, objective, one, case.vocab)
+    rows = dict(program=loss.program, needs=loss.needs | (METRICS if metrics else 0))
+    weight = torch.empty(N, dtype=one.dtype) if labelled else None
+    parameters = _reduction.parameters(objective.parameters, label, False, one.dtype)
     parts = torch.empty(case.splits, SUMS, N, dtype=one.dtype)
     kernels.row_labels(label, weight, (N,), -100, case.vocab, label.device, shift=labelled,
                        strict=labelled)  # fmt: skip
-    sums, *_ = kernels.row_losses(parts, label, one, gamma, weight, None, metrics=metrics,
+    sums, *_ = kernels.row_losses(parts, label, one, parameters, weight, None, metrics=metrics,
                                   reduction="mean", **rows)  # fmt: skip
     room = torch.empty(N, dtype=one.dtype) if case.splits > 1 else None
-    kernels.gradient_table(sums, label, one, gamma, one, weight, one, inv_room=room, **rows)
+    kernels.row_weights(sums, label, one, parameters, one, weight, one, inv_room=room, **rows)
 
 
 @dataclass(frozen=True)
@@ -295,10 +345,10 @@ def _widths(bits):
     return "/".join(str(b) for b in sorted(set(bits)) if b)
 
 
-def both(rows):
-    """The row of the loss, from its two kernels' rows."""
+def together(name, rows):
+    """The row of a loss, from its kernels' rows."""
     added = ("instructions", "exponentials", "memory_ms", "issue_ms", "ms")
-    return {"kernel": LOSS_NAME} | {key: sum(row[key] for row in rows) for key in added}
+    return {"kernel": name} | {key: sum(row[key] for row in rows) for key in added}
 
 
 def broken(row, target):
@@ -322,13 +372,15 @@ def broken(row, target):
         limit = MAX_INSTRUCTIONS.get(target, {}).get(row["vocab"])
         if limit is not None:
             at_most("instructions", limit, "instructions an element")
+    if row["kernel"] in MAX_INSTRUCTIONS_OF and target == "sm_90" and row["dtype"] == "bfloat16":
+        at_most("instructions", MAX_INSTRUCTIONS_OF[row["kernel"]], "instructions an element")
     return found
 
 
 def rows_of_case(target, name, case, wanted):
     """A row for each kernel the case launches, and for the loss."""
     with compiling(target, wanted) as launched:
-        launch_all(case, wanted, name == "plain")
+        launch_all(case, launched, wanted, name == "plain")
     rows = []
     for kernel_name, (kernel, flags) in launched.items():
         row = {"kernel": kernel_name}
@@ -342,9 +394,10 @@ def rows_of_case(target, name, case, wanted):
             lines = str(error).strip().splitlines() or [""]  # source first, what is wrong last
             row["error"] = f"{type(error).__name__}: {lines[-1]}"
         rows.append(row)
-    loss = [row for row in rows if row["kernel"] in LOSS and "ms" in row]
-    if len(loss) == len(LOSS):
-        rows.append(both(loss))
+    for loss, parts in LOSSES.items():
+        found = [row for row in rows if row["kernel"] in parts and "ms" in row]
+        if len(found) == len(parts):
+            rows.append(together(loss, found))
     dtypes = dict.fromkeys(
         str(dtype).removeprefix("torch.") for dtype in (case.student, case.teacher)
     )

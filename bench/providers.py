@@ -15,10 +15,12 @@ import torch
 from torch.nn import functional as F
 
 import drkl_triton
-from drkl_triton import algebra
+from drkl_triton import _loss, _reduction, objectives, tiled
 from drkl_triton._layout import rows_of
+from drkl_triton.facts import NO_LABEL
 
 GAMMA = 0.5
+OBJECTIVES = {"reverse_kl": objectives.reverse_kl(), "drkl": objectives.drkl(GAMMA)}
 OPS = ("reverse_kl", "drkl", "softmax")
 
 
@@ -97,31 +99,30 @@ class _Kernels(torch.autograd.Function):
 
         s, t, (N, V) = rows_of(student), rows_of(teacher), student.shape
         if not state:
+            objective = OBJECTIVES[op]
             one = torch.ones((), device=student.device)
-            gamma, labelled = (GAMMA * one, True) if op == "drkl" else (None, False)
-            code = labels if labelled else torch.full_like(labels, algebra.NO_LABEL)
-            state.update(code=code, one=one, rest=(gamma, labelled))
-        code, one = state["code"], state["one"]
-        sums = kernels.row_sums(s, t, code, one, V)
-        if "loss" not in state:
-            state["loss"] = algebra.losses(sums, code, one, *state["rest"], False)[0].mean()
+            state["code"] = labels if objective.labels else torch.full_like(labels, NO_LABEL)
+            state["parameters"] = _reduction.parameters(objective.parameters, labels, False, one.dtype)
+            state["loss"] = _loss.of(kernels, objective, one, V)
+        loss, rows = state["loss"], (s, t, state["code"], state["parameters"])
+        sums = loss.sums(*rows)
+        if "value" not in state:
+            state["value"] = tiled.row_losses(
+                sums[None], rows[2], loss.inv_temperature, rows[3], None, None,
+                program=loss.program, needs=loss.needs, metrics=False, reduction="mean",
+            )[1]  # fmt: skip
             state["sums"] = sums
-        ctx.rows, ctx.state, ctx.shape = (s, t), state, (N, V)
-        return state["loss"].detach()
+        ctx.rows, ctx.state = rows, state
+        return state["value"].detach()
 
     @staticmethod
     def backward(ctx, upstream):
-        from drkl_triton import kernels
-
-        state, (N, V) = ctx.state, ctx.shape
-        code, one = state["code"], state["one"]
-        if "scalars" not in state:
-            scalars = algebra.gradient_scalars(
-                state["sums"], code, one, *state["rest"], (upstream / N).expand(N)
+        loss, rows, state = ctx.state["loss"], ctx.rows, ctx.state
+        if "weights" not in state:
+            state["weights"] = loss.weights(
+                rows[2], rows[3], state["sums"], (upstream / len(rows[2])).expand(len(rows[2]))
             )
-            state["scalars"] = scalars.contiguous()
-        grad = kernels.row_grad(*ctx.rows, code, one, state["scalars"], V)
-        return grad, None, None, None, None
+        return loss.write(*rows, state["weights"]), None, None, None, None
 
 
 def launches(op):

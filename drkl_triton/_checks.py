@@ -71,10 +71,11 @@ def dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}; {hint}")
 
 
-def logits_pair(student: Tensor, teacher: Tensor, vocab_mismatch: str) -> int:
+def logits_pair(student: Tensor, teacher: Tensor | None, vocab_mismatch: str) -> int:
     """Both logits; returns the number of columns that count."""
-    one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
     logits("student_logits", student)
+    if teacher is None:
+        return student.shape[-1]
     logits("teacher_logits", teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -227,15 +228,14 @@ def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -
     return weight.dtype
 
 
-def heads(student, teacher, teacher_logits, vocab_mismatch: str):
+def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: bool):
     """Both output layers, (hidden, weight, bias, scale, softcap) each; returns (the number of
     columns that count, the dtypes of the student's and of the teacher's matrix product).
     """
-    one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
     head("student", *student[:3])
-    head_numbers("student", *student[3:])
-    head_numbers("teacher", *teacher[3:])
-    _teacher_is_one(*teacher, teacher_logits)
+    if not _teacher_is_one(*teacher, teacher_logits, needs_teacher):
+        dtype = product_dtype("student_weight", student[1], "student_hidden", student[0])
+        return student[1].shape[0], dtype, None
     hidden, matrix = student[:2]
     dtype = product_dtype("student_weight", matrix, "student_hidden", hidden)
     if teacher_logits is None:
@@ -262,9 +262,13 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str):
     return vocabulary(*sizes, names, vocab_mismatch), dtype, teacher_dtype
 
 
-def _teacher_is_one(hidden, weight, bias, scale, softcap, logits) -> None:
-    """That the teacher comes either as hidden states and matrix, or as logits."""
+def _teacher_is_one(hidden, weight, bias, scale, softcap, logits, needed: bool) -> bool:
+    """That the teacher comes either as hidden states and matrix, or as logits; or, where none is
+    needed, not at all: returns whether there is one.
+    """
     if logits is None:
+        if not needed and hidden is None and weight is None:
+            return False
         if hidden is None or weight is None:
             got, missing = "none of them", "both of the first, or the last"
             if hidden is not None:
@@ -275,7 +279,7 @@ def _teacher_is_one(hidden, weight, bias, scale, softcap, logits) -> None:
                 "the teacher must be given as teacher_hidden [..., H] and teacher_weight [V, H], "
                 f"or as teacher_logits [..., V], got {got}; pass {missing}"
             )
-        return
+        return True
     if hidden is not None or weight is not None:
         raise TypeError(
             "the teacher must be given as teacher_hidden and teacher_weight, or as "
@@ -286,6 +290,7 @@ def _teacher_is_one(hidden, weight, bias, scale, softcap, logits) -> None:
             "teacher_bias, teacher_scale and teacher_softcap belong to teacher_hidden, got "
             "teacher_logits, which are taken as they are; apply them to the logits before"
         )
+    return True
 
 
 def linear_options(*, chunk_bytes, recompute) -> None:
@@ -345,12 +350,72 @@ def row_tensor(
     same_device(name, x, student, of)
 
 
-def labels_given(function: str, labels: Tensor | None) -> None:
-    if labels is None:
+def labels_given(objective, labels: Tensor | None) -> None:
+    if labels is None and objective.labels:
+        names = " and ".join(f.__name__ for f, _, _ in objective.terms if f.labels)
         raise TypeError(
-            f"{function} needs labels [...] (the target column of each row), got None; "
-            f"{function.replace('drkl', 'reverse_kl')} works without"
+            f"{names} needs labels [...] (the target column of each row), got None; reverse_kl and "
+            "forward_kl work without"
         )
+
+
+def objective(objective) -> None:
+    if not hasattr(objective, "terms"):
+        got = type(objective).__name__
+        raise TypeError(
+            f"objective must be an Objective, got {got}; make one with drkl_triton.objectives, "
+            "objectives.drkl(gamma=0.5) say, and pass it first"
+        )
+
+
+def teacher_support(support: str, teacher: bool) -> None:
+    if support == "teacher" and not teacher:
+        raise ValueError(
+            'support="teacher" leaves out what the teacher does, got no teacher; pass one, or '
+            "leave support out"
+        )
+
+
+def parameters(objective, student: Tensor, of: str) -> None:
+    """Those of an objective that have a value a token."""
+    for formula, values, weight in objective.terms:
+        named = [*zip(formula.parameters, values, strict=True), ("weight", weight)]
+        for name, x in named:
+            if isinstance(x, Tensor) and x.dim() > 0:
+                if x.shape != student.shape[:-1]:
+                    raise ValueError(
+                        f"{formula.__name__}'s {name} must be a number, a 0-dim tensor, or of the "
+                        f"leading shape of {of}, {tuple(student.shape[:-1])}, got "
+                        f"{tuple(x.shape)}; give one value, or one per token"
+                    )
+                same_device(f"{formula.__name__}'s {name}", x, student, of)
+
+
+def parameter(name: str, value, kind: str) -> None:
+    """A parameter of a divergence; kind: "positive", "fraction" or "real"."""
+    expected = {"positive": "a positive number", "fraction": "a number between 0 and 1"}
+    expected = expected.get(kind, "a finite number")
+    if isinstance(value, Tensor):
+        if not torch.compiler.is_compiling():
+            _plain_tensor(name, value)
+        no_gradient(name, value)
+        if value.is_complex():
+            raise TypeError(
+                f"{name} must be {expected} or a real tensor, got a {value.dtype} tensor; "
+                "pass real numbers"
+            )
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be {expected}, or a tensor of one or of one per token, got "
+            f"{type(value).__name__}; pass a float or a tensor"
+        )
+    if kind == "positive":
+        positive(name, value)
+    elif kind == "fraction" and not 0 < value < 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}; pass a number such as 0.1")
+    elif not abs(value) <= 1e37:
+        raise ValueError(f"{name} must be finite, up to 1e37, got {value!r}; pass such a number")
 
 
 def rows(labels: Tensor | None, weight: Tensor | None, shift: bool, student: Tensor, of: str):
@@ -466,32 +531,14 @@ def shift_shape(student: Tensor, of: str) -> None:
         )
 
 
-def known_options(module: str, unknown: dict) -> None:
-    """That nothing is left over of what a loss module was made with."""
+def known_options(name: str, unknown: dict) -> None:
+    """That nothing is left over of the options that a loss or its module was given."""
     if unknown:
         names = ", ".join(unknown)
-        hint = (
-            "weight and num_items belong to the call, module(..., weight=..., num_items=...)"
-            if unknown.keys() & {"weight", "num_items"}
-            else f"help({module}) lists them"
-        )
-        raise TypeError(f"{module} must be given its options alone, got {names}; {hint}")
-
-
-def divergence_options(
-    *, reduction, support, filter_value, backend, ignore_index, shift, return_metrics, temperature,
-    num_items,
-) -> None:  # fmt: skip
-    """The options that all divergences and their modules share."""
-    one_of("reduction", reduction, REDUCTIONS)
-    one_of("support", support, ("full", "teacher"))
-    mask_value(filter_value, support)
-    one_of("backend", backend, BACKENDS)
-    integer("ignore_index", ignore_index, "-100")
-    flag("shift", shift)
-    flag("return_metrics", return_metrics)
-    positive("temperature", temperature)
-    denominator(num_items, reduction)
+        hint = f"help(drkl_triton.{name}) lists them"
+        if name[0].isupper() and unknown.keys() & {"weight", "num_items"}:
+            hint = "weight and num_items belong to the call, module(..., weight=..., num_items=...)"
+        raise TypeError(f"{name} must be given its options alone, got {names}; {hint}")
 
 
 def backend(backend: str, tensor: Tensor) -> str:

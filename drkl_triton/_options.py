@@ -1,14 +1,135 @@
-"""The keyword options of the losses, for type checkers alone."""
+"""The keyword options of the losses: their names and defaults, checked once and passed whole."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import _checks, _reduction, facts, ops
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ._objective import Objective
 
 
-class Options(TypedDict, total=False):
+class Options(NamedTuple):
+    """Of every loss; :func:`drkl_triton.reverse_kl` says what they mean."""
+
+    weight: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    num_items: float | Tensor | None = None
+    shift: bool = False
+    vocab_mismatch: str = "error"
+    support: str = "full"
+    filter_value: float = float("-inf")
+    backend: str = "auto"
+    return_metrics: bool = False
+
+    def check(self) -> None:
+        """All that can be said of them without the logits."""
+        _checks.one_of("vocab_mismatch", self.vocab_mismatch, ("error", "truncate"))
+        _checks.one_of("reduction", self.reduction, _checks.REDUCTIONS)
+        _checks.one_of("support", self.support, ("full", "teacher"))
+        _checks.mask_value(self.filter_value, self.support)
+        _checks.one_of("backend", self.backend, _checks.BACKENDS)
+        _checks.integer("ignore_index", self.ignore_index, "-100")
+        _checks.flag("shift", self.shift)
+        _checks.flag("return_metrics", self.return_metrics)
+        _checks.positive("temperature", self.temperature)
+        _checks.denominator(self.num_items, self.reduction)
+
+
+class LinearOptions(NamedTuple):
+    """Of the losses from hidden states; :func:`drkl_triton.linear_reverse_kl` says what they
+    mean.
+    """
+
+    student_bias: Tensor | None = None
+    student_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_hidden: Tensor | None = None
+    teacher_weight: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
+    teacher_logits: Tensor | None = None
+    chunk_bytes: int | None = None
+    recompute: bool = False
+
+    def check(self) -> None:
+        """All that can be said of them without the tensors."""
+        _checks.head_numbers("student", self.student_scale, self.student_softcap)
+        _checks.head_numbers("teacher", self.teacher_scale, self.teacher_softcap)
+        _checks.linear_options(chunk_bytes=self.chunk_bytes, recompute=self.recompute)
+
+
+def taken(function: str, given: dict, *kinds) -> list:
+    """Those of ``given`` that each kind of options has, checked; nothing may be left over."""
+    found = [
+        kind(**{name: given.pop(name) for name in kind._fields if name in given}) for kind in kinds
+    ]
+    _checks.known_options(function, given)
+    for options in found:
+        options.check()
+    return found
+
+
+class Rows(NamedTuple):
+    """What the options make of the rows, as tensors: the first inputs of the ops after the logits,
+    and what depends on no tensor's contents.
+    """
+
+    codes: Tensor  # [...], facts.NO_LABEL and the like
+    inv_temperature: Tensor
+    parameters: Tensor | None
+    filter_value: Tensor | None
+    weights: Tensor | None  # [...]
+    needs: int
+
+
+def rows(
+    objective: Objective,
+    like: Tensor,
+    V: int,
+    labels: Tensor | None,
+    options: Options,
+    teacher: bool,
+    acc: torch.dtype,
+    backend: str,
+) -> Rows:
+    """like: of the leading shape and device of the logits; teacher: whether there is one."""
+    weight = None if options.weight is None else options.weight.detach()
+    codes = ops.row_labels(
+        like.detach(), labels, weight, options.ignore_index, V, options.shift, objective.labels,
+        backend,
+    )  # fmt: skip
+    needs = objective.needs
+    if needs & facts.UNTEMPERED:
+        temperature = options.temperature
+        if not isinstance(temperature, Tensor) and temperature == 1:
+            needs &= ~facts.UNTEMPERED
+    if options.return_metrics:
+        needs |= facts.METRICS if teacher else facts.ENTROPY
+    device = like.device
+    return Rows(
+        codes,
+        _reduction.inverse(options.temperature, device, acc),
+        _reduction.parameters(objective.parameters, codes, options.shift, acc),
+        _reduction.scalar(options.filter_value, acc, device)
+        if options.support == "teacher" and teacher
+        else None,
+        _reduction.weights(codes, weight, options.shift, acc),
+        needs,
+    )
+
+
+# For type checkers: the same names once more. tests/test_typing.py holds them together.
+
+
+class Keywords(TypedDict, total=False):
     weight: Tensor | None
     temperature: float | Tensor
     ignore_index: int
@@ -21,11 +142,7 @@ class Options(TypedDict, total=False):
     backend: str
 
 
-class DRKLOptions(Options, total=False):
-    gamma: float | Tensor
-
-
-class LinearOptions(Options, total=False):
+class LinearKeywords(Keywords, total=False):
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_logits: Tensor | None
@@ -39,5 +156,17 @@ class LinearOptions(Options, total=False):
     recompute: bool
 
 
-class LinearDRKLOptions(LinearOptions, total=False):
+class OwnParameters(TypedDict, total=False):
     gamma: float | Tensor
+    forward: float | Tensor
+    alpha: float | Tensor
+    beta: float | Tensor
+    head: float
+
+
+class Parameters(Keywords, OwnParameters, total=False):
+    pass
+
+
+class LinearParameters(LinearKeywords, OwnParameters, total=False):
+    pass

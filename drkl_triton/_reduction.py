@@ -9,26 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import IGNORED, divided
-
-
-def parts(
-    codes: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    num_items: float | Tensor | None,
-    shift: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(weights [...], denominator 0-dim) of the formula above; weights None: 1 for every row, as
-    the rows that are ignored have loss 0.
-    """
-    weight = weights(codes, weight, shift, dtype)
-    if reduction != "mean":
-        return weight, None
-    if num_items is not None:
-        return weight, scalar(num_items, dtype, codes.device)
-    return weight, (codes != IGNORED if weight is None else weight).sum(dtype=dtype)
+from .facts import IGNORED, divided
 
 
 def weights(codes: Tensor, weight: Tensor | None, shift: bool, dtype: torch.dtype) -> Tensor | None:
@@ -38,6 +19,21 @@ def weights(codes: Tensor, weight: Tensor | None, shift: bool, dtype: torch.dtyp
     if shift:
         weight = torch.cat([weight[..., 1:], torch.zeros_like(weight[..., :1])], dim=-1)
     return torch.where(codes != IGNORED, weight.to(dtype), 0.0)
+
+
+def denominator(
+    codes: Tensor,
+    weights: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """That of the formula above, 0-dim."""
+    if reduction != "mean":
+        return None
+    if num_items is not None:
+        return scalar(num_items, dtype, codes.device)
+    return (codes != IGNORED if weights is None else weights).sum(dtype=dtype)
 
 
 def reduce(
@@ -71,11 +67,20 @@ def inverse(temperature: float | Tensor, device: torch.device, dtype: torch.dtyp
     return scalar(1.0 / temperature, dtype, device)
 
 
-def filter_scalar(options: dict, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """What support="teacher" leaves out, 0-dim; None: nothing."""
-    if options["support"] != "teacher":
+def parameters(values: list, codes: Tensor, shift: bool, dtype: torch.dtype) -> Tensor | None:
+    """An objective's parameters [P, 1], or [P, N] where one has a value a token; under ``shift``
+    those are at the place of the label, as weights are.
+    """
+    if not values:
         return None
-    return scalar(options["filter_value"], dtype, device)
+    table = [scalar(x, dtype, codes.device) for x in values]
+    if all(x.dim() == 0 for x in table):
+        return torch.stack(table)[:, None]
+    if shift:
+        table = [
+            torch.cat([x[..., 1:], x[..., -1:]], dim=-1) if x.dim() else x for x in table
+        ]  # the last row is ignored
+    return torch.stack([x.expand(codes.shape).reshape(-1) for x in table])
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

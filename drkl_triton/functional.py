@@ -1,24 +1,43 @@
-"""The public functions. Shapes, dtypes, errors and formulas are in their docstrings; semantics in
-README.md.
+"""The public functions of logits. Shapes, dtypes, errors and formulas are in their docstrings;
+semantics in docs/semantics.md.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
-from . import _checks, _reduction, backends
+from . import _checks, _options, _reduction, objectives
+from ._named import named
+from ._options import Options
 from .algebra import RowMetrics
-from .autograd import DivergenceFunction, SoftmaxFunction
+from .graph import Call, DivergenceFunction, SoftmaxFunction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._options import DRKLOptions, Options
+    from ._objective import Objective, Parameter
+    from ._options import Keywords, Parameters
 
-__all__ = ["drkl", "log_softmax", "reverse_kl", "softmax"]
+__all__ = [
+    
+    "alpha_beta",
+    "cross_entropy",
+    "divergence",
+    "dkd",
+    "drkl",
+    "forward_kl",
+    "js_divergence",
+    "log_softmax",
+    "mixed_kl",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "softmax",
+    "total_variation",
+]
 
 
 def softmax(logits: Tensor, *, temperature: float | Tensor = 1.0, backend: str = "auto") -> Tensor:
@@ -69,41 +88,134 @@ def _softmax(logits: Tensor, temperature: float | Tensor, backend: str, log: boo
     return SoftmaxFunction.apply(logits, inv_temperature, log, backend)
 
 
+class LossFunction(Protocol):
+    """A loss of logits, called with :class:`Options` and its own parameters."""
+
+    __name__: str
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_metrics: Literal[False] = False,
+        **options: Unpack[Parameters],
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_metrics: Literal[True],
+        **options: Unpack[Parameters],
+    ) -> tuple[Tensor, RowMetrics]: ...
+
+
 @overload
-def reverse_kl(
+def divergence(
+    objective: Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[Options],
+    **options: Unpack[Keywords],
 ) -> Tensor: ...
 @overload
-def reverse_kl(
+def divergence(
+    objective: Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[Keywords],
 ) -> tuple[Tensor, RowMetrics]: ...
-def reverse_kl(
+def divergence(
+    objective: Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None = None,
     labels: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    shift: bool = False,
-    vocab_mismatch: str = "error",
-    support: str = "full",
-    filter_value: float = float("-inf"),
-    backend: str = "auto",
-    return_metrics: bool = False,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
+    """Any sum of divergences, out of one scan of the logits and one gradient:
+    ``divergence(0.9 * objectives.drkl() + 0.1 * objectives.cross_entropy(), student_logits,
+    teacher_logits, labels)``.
+
+    Args:
+        objective: made by the functions of :mod:`drkl_triton.objectives`. Parameters and weights
+            that are tensors, 0-dim or one per token, may change without recompilation; they have no
+            gradient.
+        teacher_logits: None where no term compares with a teacher.
+        labels: required where a term needs them (DRKL, DKD, cross-entropy).
+
+    The other arguments, the result and the errors are those of :func:`reverse_kl`. A row is +inf,
+    with gradient 0, where any of its terms is, whatever that term's weight. ``temperature`` divides
+    the logits of all terms but cross-entropy and the z-loss, which are at temperature 1: at another
+    they cost one more exponential.
+    """
+    return _loss("divergence", objective, student_logits, teacher_logits, labels, options)
+
+
+def _loss(name, objective, student, teacher, labels, options: dict):
+    (options,) = _options.taken(name, options, Options)
+    _checks.objective(objective)
+    if objective.needs_teacher and teacher is None:
+        _checks.logits("teacher_logits", teacher)
+    V = _checks.logits_pair(student, teacher, options.vocab_mismatch)
+    _checks.labels_given(objective, labels)
+    _checks.rows(labels, options.weight, options.shift, student, "student_logits")
+    _checks.parameters(objective, student, "student_logits")
+    _checks.teacher_support(options.support, teacher is not None)
+    backend = _checks.backend(options.backend, student)
+    metrics, reduction = options.return_metrics, options.reduction
+    acc = torch.promote_types(student.dtype, torch.float32)
+    if teacher is not None:
+        acc = torch.promote_types(acc, teacher.dtype)
+        if not (objective.needs_teacher or metrics or options.support == "teacher"):
+            teacher = None
+    has_teacher = teacher is not None
+    rows = _options.rows(objective, student, V, labels, options, has_teacher, acc, backend)
+    num_items = options.num_items
+    if num_items is not None:
+        num_items = _reduction.scalar(num_items, acc, student.device)
+    loss, fields = DivergenceFunction.apply(
+        Call(V, objective.key, rows.needs, metrics, reduction, backend),
+        student,
+        teacher,
+        rows.codes.view(-1),
+        rows.inv_temperature,
+        rows.parameters,
+        rows.filter_value,
+        None if rows.weights is None else rows.weights.view(-1),
+        num_items,
+    )
+    if reduction == "none":
+        loss = loss.view(rows.codes.shape)
+    if not metrics:
+        return loss
+    return loss, RowMetrics.of(fields, rows.codes, labels is not None, has_teacher)
+
+
+def _named(builder) -> LossFunction:
+    """A public function out of one that makes its objective: its parameters and docstring are those
+    of the loss.
+    """
+
+    def loss(student_logits, teacher_logits, labels=None, **options):
+        objective = builder(**{k: options.pop(k) for k in own if k in options})
+        return _loss(name, objective, student_logits, teacher_logits, labels, options)
+
+    own, name = named(loss, builder, Options)
+    return loss
+
+
+@_named
+def reverse_kl() -> Objective:
     r"""Reverse Kullback-Leibler divergence ``KL(q || p)`` of the student's ``q`` from the teacher's
     ``p``, per token.
 
@@ -157,61 +269,11 @@ def reverse_kl(
             that require grad.
         RuntimeError: differentiating the gradient (second derivatives).
     """
-    return _divergence(
-        None,
-        student_logits,
-        teacher_logits,
-        labels,
-        weight=weight,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        num_items=num_items,
-        shift=shift,
-        vocab_mismatch=vocab_mismatch,
-        support=support,
-        filter_value=filter_value,
-        backend=backend,
-        return_metrics=return_metrics,
-    )
+    return objectives.reverse_kl()
 
 
-@overload
-def drkl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    return_metrics: Literal[False] = False,
-    **options: Unpack[DRKLOptions],
-) -> Tensor: ...
-@overload
-def drkl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    return_metrics: Literal[True],
-    **options: Unpack[DRKLOptions],
-) -> tuple[Tensor, RowMetrics]: ...
-def drkl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    gamma: float | Tensor = 0.5,
-    weight: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    shift: bool = False,
-    vocab_mismatch: str = "error",
-    support: str = "full",
-    filter_value: float = float("-inf"),
-    backend: str = "auto",
-    return_metrics: bool = False,
-) -> Tensor | tuple[Tensor, RowMetrics]:
+@_named
+def drkl(gamma: Parameter = 0.5) -> Objective:
     r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant,
     per token.
 
@@ -227,68 +289,141 @@ def drkl(
         labels: ``[...]`` int64 or int32, required. A label outside ``[0, V)`` that is not
             ``ignore_index`` (or of weight 0) is a ValueError when the labels are on the CPU; on a
             GPU, where looking would stall the device, the row's loss and gradient are NaN.
-        gamma: weight of the non-target part. Positive number, or 0-dim tensor (not validated, no
-            gradient).
+        gamma: weight of the non-target part. Positive number, or tensor, 0-dim or ``[...]``, one
+            per token (not validated, no gradient); under ``shift`` at the place of the label.
 
     All other arguments, the result and the errors are those of :func:`reverse_kl`. With
     ``support="teacher"`` and a teacher that leaves out the label, the target part is 0. Where the
     student is -inf at the label, the loss is ``-log(1 - p_y) + gamma N``; where it is finite at the
     label only, ``-log p_y``, with gradient 0.
     """
-    _checks.labels_given("drkl", labels)
-    _checks.positive("gamma", gamma)
-    return _divergence(
-        gamma,
-        student_logits,
-        teacher_logits,
-        labels,
-        weight=weight,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        num_items=num_items,
-        shift=shift,
-        vocab_mismatch=vocab_mismatch,
-        support=support,
-        filter_value=filter_value,
-        backend=backend,
-        return_metrics=return_metrics,
-    )
+    return objectives.drkl(gamma)
 
 
-def _divergence(
-    gamma, student, teacher, labels, *, weight, ignore_index, num_items, vocab_mismatch,
-    **options,
-):  # fmt: skip
-    """Both losses; gamma None: reverse KL. The arguments are the public ones."""
-    V = _checks.logits_pair(student, teacher, vocab_mismatch)
-    _checks.divergence_options(ignore_index=ignore_index, num_items=num_items, **options)
-    reduction, shift, metrics = options["reduction"], options["shift"], options["return_metrics"]
-    _checks.rows(labels, weight, shift, student, "student_logits")
-    backend = _checks.backend(options["backend"], student)
+@_named
+def forward_kl() -> Objective:
+    r"""Forward Kullback-Leibler divergence ``KL(p || q)`` of the teacher's ``p`` from the student's
+    ``q``, per token: the loss of classic distillation.
 
-    acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    inv_temperature = _reduction.inverse(options["temperature"], student.device, acc)
-    gamma = None if gamma is None else _reduction.scalar(gamma, acc, student.device)
-    weight = None if weight is None else weight.detach()
-    codes = backends.row_labels(
-        student.detach(), labels, weight, ignore_index, V, shift, gamma is not None, backend
-    )
-    rows = (
-        codes.view(-1), inv_temperature, gamma,
-        _reduction.filter_scalar(options, acc, student.device),
-    )  # fmt: skip
-    labelled = labels is not None
-    weights = _reduction.weights(codes, weight, shift, acc)
-    weights = None if weights is None else weights.view(-1)
-    if num_items is not None:
-        num_items = _reduction.scalar(num_items, acc, student.device)
-    loss, fields = DivergenceFunction.apply(
-        student, teacher, *rows, weights, num_items, V, labelled, metrics, reduction, backend
-    )
-    if reduction == "none":
-        loss = loss.view(codes.shape)
-    if not metrics:
-        return loss
-    rows, *others, entropy = fields.unbind(0)
-    return loss, RowMetrics.of(rows, *(others if labelled else ()), entropy, codes=codes)
+    .. math:: \mathrm{FKL} = \sum_k p_k (\log p_k - \log q_k)
+
+    A row whose student is -inf where the teacher is finite has loss +inf and gradient 0; where the
+    teacher is -inf the term is 0. All else is as in :func:`reverse_kl`.
+    """
+    return objectives.forward_kl()
+
+
+@_named
+def mixed_kl(forward: Parameter = 0.5) -> Objective:
+    """``forward * KL(p || q) + (1 - forward) * KL(q || p)``, per token.
+
+    Args:
+        forward: number from 0 to 1, or tensor, 0-dim or ``[...]`` (not validated, no gradient).
+
+    A row is +inf, with gradient 0, where either of the two is. All else is as in
+    :func:`reverse_kl`.
+    """
+    return objectives.mixed_kl(forward)
+
+
+@_named
+def dkd(alpha: Parameter = 1.0, beta: Parameter = 8.0) -> Objective:
+    r"""Decoupled knowledge distillation, per token: forward KL with free weights on its target and
+    non-target parts.
+
+    .. math:: \mathrm{DKD} = \alpha\, \mathrm{KL}(b_p \| b_q) + \beta\, \mathrm{KL}(\hat p \|
+        \hat q)
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation", arXiv 2203.08679. ``labels`` are
+    required, as in :func:`drkl`; infinities are as in :func:`forward_kl`.
+
+    Args:
+        alpha, beta: positive numbers, or tensors, 0-dim or ``[...]`` (not validated, no gradient).
+            Forward KL has alpha 1 and beta ``1 - p_y``.
+    """
+    return objectives.dkd(alpha, beta)
+
+
+@_named
+def js_divergence(beta: Parameter = 0.5) -> Objective:
+    r"""Generalised Jensen-Shannon divergence, per token, as in GKD (arXiv 2306.13649) and TRL.
+
+    .. math:: \mathrm{JSD}_\beta = \beta\, \mathrm{KL}(p \| m) + (1 - \beta)\, \mathrm{KL}(q \| m),
+        \quad m = \beta p + (1 - \beta) q
+
+    Args:
+        beta: 0 to 1. The number 0 gives forward KL and the number 1 reverse KL, as in TRL; the
+            formula's own limit at both is 0. A tensor must lie between them.
+
+    It is finite wherever both rows are distributions. All else is as in :func:`reverse_kl`.
+    """
+    return objectives.js_divergence(beta)
+
+
+@_named
+def skew_kl(alpha: Parameter = 0.1) -> Objective:
+    """``KL(p || alpha p + (1 - alpha) q)``, per token (DistiLLM, arXiv 2402.03898); alpha between 0
+    and 1. It is finite wherever both rows are distributions. All else is as in :func:`reverse_kl`.
+    """
+    return objectives.skew_kl(alpha)
+
+
+@_named
+def skew_reverse_kl(alpha: Parameter = 0.1) -> Objective:
+    """``KL(q || alpha q + (1 - alpha) p)``, per token (DistiLLM, arXiv 2402.03898); alpha between 0
+    and 1. The gradient goes through the mixture as well. It is finite wherever both rows are
+    distributions. All else is as in :func:`reverse_kl`.
+    """
+    return objectives.skew_reverse_kl(alpha)
+
+
+@_named
+def total_variation() -> Objective:
+    """``sum |q - p| / 2``, per token. All else is as in :func:`reverse_kl`."""
+    return objectives.total_variation()
+
+
+@_named
+def alpha_beta(alpha: Parameter, beta: Parameter) -> Objective:
+    r"""Alpha-beta divergence, per token (ABKD, arXiv 2505.04560).
+
+    .. math:: -\frac{1}{\alpha \beta} \sum_k \Bigl(p_k^\alpha q_k^\beta -
+        \frac{\alpha}{\alpha+\beta} p_k^{\alpha+\beta} -
+        \frac{\beta}{\alpha+\beta} q_k^{\alpha+\beta}\Bigr)
+
+    Args:
+        alpha, beta: numbers, or tensors, 0-dim or ``[...]`` (not validated, no gradient). At 0, and
+            where they sum to 0, the divergence is the formula's limit: ``alpha=1, beta=0`` is
+            forward KL, ``alpha=0, beta=1`` reverse KL. Tensors must not be there.
+
+    All else is as in :func:`reverse_kl`.
+    """
+    return objectives.alpha_beta(alpha, beta)
+
+
+@overload
+def cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[Keywords],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[Keywords],
+) -> tuple[Tensor, RowMetrics]: ...
+def cross_entropy(
+    student_logits: Tensor, labels: Tensor, **options: Any
+) -> Tensor | tuple[Tensor, RowMetrics]:
+    """``-log q_y`` of the label, per token, at temperature 1.
+
+    ``labels`` are required, as in :func:`drkl`. A row whose student is -inf at the label has loss
+    +inf and gradient 0. All else is as in :func:`reverse_kl`, where it does not concern a teacher.
+    """
+    objective = objectives.cross_entropy()
+    return _loss("cross_entropy", objective, student_logits, None, labels, options)

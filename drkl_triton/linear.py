@@ -2,69 +2,165 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
-from . import _checks, _reduction, backends
+from . import _checks, _options, _reduction, objectives, ops
+from ._named import named
+from ._options import LinearOptions, Options
 from .algebra import RowMetrics
-from .autograd import LinearFunction, LinearMeanFunction, LinearNumbers
+from .graph import LinearCall, LinearFunction, LinearMeanFunction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._options import LinearDRKLOptions, LinearOptions
+    from ._objective import Objective, Parameter
+    from ._options import LinearKeywords, LinearParameters
 
-__all__ = ["linear_drkl", "linear_reverse_kl"]
+__all__ = ["linear_divergence", "linear_drkl", "linear_reverse_kl"]
+
+
+class LinearLossFunction(Protocol):
+    """A loss from hidden states, called with Options, LinearOptions and its own parameters."""
+
+    __name__: str
+
+    @overload
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_metrics: Literal[False] = False,
+        **options: Unpack[LinearParameters],
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_metrics: Literal[True],
+        **options: Unpack[LinearParameters],
+    ) -> tuple[Tensor, RowMetrics]: ...
 
 
 @overload
-def linear_reverse_kl(
+def linear_divergence(
+    objective: Objective,
     student_hidden: Tensor,
     student_weight: Tensor,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[LinearOptions],
+    **options: Unpack[LinearKeywords],
 ) -> Tensor: ...
 @overload
-def linear_reverse_kl(
+def linear_divergence(
+    objective: Objective,
     student_hidden: Tensor,
     student_weight: Tensor,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
-    **options: Unpack[LinearOptions],
+    **options: Unpack[LinearKeywords],
 ) -> tuple[Tensor, RowMetrics]: ...
-def linear_reverse_kl(
+def linear_divergence(
+    objective: Objective,
     student_hidden: Tensor,
     student_weight: Tensor,
     labels: Tensor | None = None,
-    *,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_logits: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
-    chunk_bytes: int | None = None,
-    recompute: bool = False,
-    weight: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    shift: bool = False,
-    vocab_mismatch: str = "error",
-    support: str = "full",
-    filter_value: float = float("-inf"),
-    backend: str = "auto",
-    return_metrics: bool = False,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
+    """Any sum of divergences, as :func:`drkl_triton.divergence`, from the last hidden states and
+    the output matrices of both models; the logits exist a slice at a time.
+
+    The arguments after ``objective``, the result and the errors are those of
+    :func:`linear_reverse_kl`; no teacher is needed where no term compares with one.
+    """
+    return _loss("linear_divergence", objective, student_hidden, student_weight, labels, options)
+
+
+def _loss(name, objective, hidden, matrix, labels, options: dict):
+    options, heads = _options.taken(name, options, Options, LinearOptions)
+    if not torch.compiler.is_compiling():
+        ops.count_flops()
+    _checks.objective(objective)
+    student = hidden, matrix, heads.student_bias, heads.student_scale, heads.student_softcap
+    teacher = (
+        heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias, heads.teacher_scale,
+        heads.teacher_softcap,
+    )  # fmt: skip
+    V, student_dtype, teacher_dtype = _checks.heads(
+        student, teacher, heads.teacher_logits, options.vocab_mismatch, objective.needs_teacher
+    )
+    has_teacher = heads.teacher_hidden is not None or heads.teacher_logits is not None
+    _checks.labels_given(objective, labels)
+    _checks.rows(labels, options.weight, options.shift, hidden, "student_hidden")
+    _checks.parameters(objective, hidden, "student_hidden")
+    _checks.teacher_support(options.support, has_teacher)
+
+    acc = torch.float32
+    for x in (*student[:3], *teacher[:3], heads.teacher_logits):
+        acc = acc if x is None else torch.promote_types(acc, x.dtype)
+    backend = _checks.backend(options.backend, hidden)
+    rows = _options.rows(objective, hidden, V, labels, options, has_teacher, acc, backend)
+    reduction, codes, weights = options.reduction, rows.codes, rows.weights
+    denominator = _reduction.denominator(codes, weights, reduction, options.num_items, acc)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
+    call = LinearCall(
+        student_dtype=student_dtype,
+        teacher_dtype=teacher_dtype,
+        V=V,
+        objective=objective.key,
+        needs=rows.needs,
+        wanted=tuple(wanted),
+        may_skip=labels is not None or weights is not None or options.shift,
+        chunk_bytes=heads.chunk_bytes,
+        backend=backend,
+    )
+    tensors = (
+        *_head(*student, acc, hidden.device), *_head(*teacher, acc, hidden.device),
+        heads.teacher_logits, codes.view(-1), rows.inv_temperature, rows.parameters,
+        rows.filter_value,
+    )  # fmt: skip
+    if reduction == "none" or heads.recompute or not any(wanted):
+        loss, fields = LinearFunction.apply(call, *tensors)
+        loss = _reduction.reduce(loss.view(codes.shape), weights, denominator, reduction)
+    else:
+        upstream = _reduction.derivative(codes, weights, denominator, acc).view(-1)
+        if weights is not None:
+            weights = weights.view(-1)
+        loss, fields = LinearMeanFunction.apply(call, *tensors, weights, denominator, upstream)
+    if not options.return_metrics:
+        return loss
+    return loss, RowMetrics.of(fields, codes, labels is not None, has_teacher)
+
+
+def _head(hidden, weight, bias, scale, softcap, dtype, device):
+    """With the numbers as 0-dim tensors, or None where they change nothing."""
+    scale = None if scale == 1 else _reduction.scalar(scale, dtype, device)
+    softcap = None if softcap is None else _reduction.scalar(softcap, dtype, device)
+    return hidden, weight, bias, scale, softcap
+
+
+def _named(builder) -> LinearLossFunction:
+    """As drkl_triton.functional's."""
+
+    def loss(student_hidden, student_weight, labels=None, **options):
+        objective = builder(**{k: options.pop(k) for k in own if k in options})
+        return _loss(name, objective, student_hidden, student_weight, labels, options)
+
+    own, name = named(loss, builder, LinearOptions, Options)
+    return loss
+
+
+@_named
+def linear_reverse_kl() -> Objective:
     r"""Reverse Kullback-Leibler divergence, as :func:`drkl_triton.reverse_kl`, from the last hidden
     states and the output matrices of both models; the logits exist a slice at a time.
 
@@ -114,166 +210,15 @@ def linear_reverse_kl(
             requires grad; a matrix without elements (partitioned by ZeRO-3 or FSDP).
         RuntimeError: differentiating the gradient (second derivatives).
     """
-    return _linear(
-        None,
-        (student_hidden, student_weight, student_bias, student_scale, student_softcap),
-        (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
-        teacher_logits,
-        labels,
-        weight=weight,
-        num_items=num_items,
-        vocab_mismatch=vocab_mismatch,
-        chunk_bytes=chunk_bytes,
-        recompute=recompute,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        shift=shift,
-        support=support,
-        filter_value=filter_value,
-        backend=backend,
-        return_metrics=return_metrics,
-    )
+    return objectives.reverse_kl()
 
 
-@overload
-def linear_drkl(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    labels: Tensor,
-    *,
-    return_metrics: Literal[False] = False,
-    **options: Unpack[LinearDRKLOptions],
-) -> Tensor: ...
-@overload
-def linear_drkl(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    labels: Tensor,
-    *,
-    return_metrics: Literal[True],
-    **options: Unpack[LinearDRKLOptions],
-) -> tuple[Tensor, RowMetrics]: ...
-def linear_drkl(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    labels: Tensor,
-    *,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_logits: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
-    chunk_bytes: int | None = None,
-    recompute: bool = False,
-    gamma: float | Tensor = 0.5,
-    weight: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    shift: bool = False,
-    vocab_mismatch: str = "error",
-    support: str = "full",
-    filter_value: float = float("-inf"),
-    backend: str = "auto",
-    return_metrics: bool = False,
-) -> Tensor | tuple[Tensor, RowMetrics]:
+@_named
+def linear_drkl(gamma: Parameter = 0.5) -> Objective:
     """Diversity-aware reverse KL, as :func:`drkl_triton.drkl`, from the last hidden states and the
     output matrices of both models; the logits exist a slice at a time.
 
     ``labels`` are required; ``gamma`` and the formula are those of :func:`drkl_triton.drkl`, all
     else is as in :func:`linear_reverse_kl`.
     """
-    _checks.labels_given("linear_drkl", labels)
-    _checks.positive("gamma", gamma)
-    return _linear(
-        gamma,
-        (student_hidden, student_weight, student_bias, student_scale, student_softcap),
-        (teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
-        teacher_logits,
-        labels,
-        weight=weight,
-        num_items=num_items,
-        vocab_mismatch=vocab_mismatch,
-        chunk_bytes=chunk_bytes,
-        recompute=recompute,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        shift=shift,
-        support=support,
-        filter_value=filter_value,
-        backend=backend,
-        return_metrics=return_metrics,
-    )
-
-
-def _linear(
-    gamma, student, teacher, teacher_logits, labels, *,
-    weight, num_items, vocab_mismatch, chunk_bytes, recompute, **options,
-):  # fmt: skip
-    """Both losses; gamma None: reverse KL. student, teacher: (hidden, weight, bias, scale,
-    softcap).
-    """
-    if not torch.compiler.is_compiling():
-        backends.count_flops()
-    _checks.linear_options(chunk_bytes=chunk_bytes, recompute=recompute)
-    _checks.divergence_options(num_items=num_items, **options)
-    reduction, shift, metrics = options["reduction"], options["shift"], options["return_metrics"]
-    V, student_dtype, teacher_dtype = _checks.heads(
-        student, teacher, teacher_logits, vocab_mismatch
-    )
-    hidden, matrix, bias, *_ = student
-    _checks.rows(labels, weight, shift, hidden, "student_hidden")
-
-    acc = torch.float32
-    for x in (*student[:3], *teacher[:3], teacher_logits):
-        acc = acc if x is None else torch.promote_types(acc, x.dtype)
-    inv_temperature = _reduction.inverse(options["temperature"], hidden.device, acc)
-    gamma = None if gamma is None else _reduction.scalar(gamma, acc, hidden.device)
-    weight = None if weight is None else weight.detach()
-    backend = _checks.backend(options["backend"], hidden)
-    codes = backends.row_labels(
-        hidden.detach(), labels, weight, options["ignore_index"], V, shift, gamma is not None,
-        backend,
-    )  # fmt: skip
-    shape, label = codes.shape, codes.view(-1)
-    weights, denominator = _reduction.parts(codes, weight, reduction, num_items, shift, acc)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
-    student, teacher = (_head(*x, acc, hidden.device) for x in (student, teacher))
-    numbers = LinearNumbers(
-        student_dtype=student_dtype,
-        teacher_dtype=teacher_dtype,
-        V=V,
-        labelled=labels is not None,
-        metrics=metrics,
-        wanted=tuple(wanted),
-        may_skip=labels is not None or weight is not None or shift,
-        chunk_bytes=chunk_bytes,
-        backend=backend,
-    )
-    tensors = (*student, *teacher, teacher_logits, label, inv_temperature, gamma)
-    tensors += (_reduction.filter_scalar(options, acc, hidden.device),)
-    if reduction == "none" or recompute or not any(wanted):
-        rows, *fields = LinearFunction.apply(numbers, *tensors)
-        loss = _reduction.reduce(rows.view(shape), weights, denominator, reduction)
-    else:
-        upstream = _reduction.derivative(codes, weights, denominator, acc).view(-1)
-        if weights is not None:
-            weights = weights.view(-1)
-        loss, rows, *fields = LinearMeanFunction.apply(
-            numbers, *tensors, weights, denominator, upstream
-        )
-    return (loss, RowMetrics.of(rows, *fields, codes=codes)) if metrics else loss
-
-
-def _head(hidden, weight, bias, scale, softcap, dtype, device):
-    """With the numbers as 0-dim tensors, or None where they change nothing."""
-    scale = None if scale == 1 else _reduction.scalar(scale, dtype, device)
-    softcap = None if softcap is None else _reduction.scalar(softcap, dtype, device)
-    return hidden, weight, bias, scale, softcap
+    return objectives.drkl(gamma)

@@ -4,74 +4,70 @@ nothing in the state dict.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _options, objectives
+from ._options import LinearOptions, Options
 from .algebra import RowMetrics
-from .functional import drkl, reverse_kl
-from .linear import linear_drkl, linear_reverse_kl
+from .functional import divergence
+from .linear import linear_divergence
 
-__all__ = ["DRKLLoss", "LinearDRKLLoss", "LinearReverseKLLoss", "ReverseKLLoss"]
+if TYPE_CHECKING:
+    from ._objective import Objective
 
+__all__ = [
+    "DRKLLoss",
+    "DivergenceLoss",
+    "LinearDRKLLoss",
+    "LinearDivergenceLoss",
+    "LinearReverseKLLoss",
+    "ReverseKLLoss",
+]
 
-class _Options(nn.Module):
-    """Options in ``self.options``, checked already in ``__init__``."""
-
-    def __init__(
-        self,
-        *,
-        temperature: float | Tensor = 1.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        shift: bool = False,
-        vocab_mismatch: str = "error",
-        support: str = "full",
-        filter_value: float = float("-inf"),
-        backend: str = "auto",
-        return_metrics: bool = False,
-        **unknown: Any,
-    ):
-        super().__init__()
-        _checks.known_options(type(self).__name__, unknown)
-        _checks.one_of("vocab_mismatch", vocab_mismatch, ("error", "truncate"))
-        self.options = dict(
-            temperature=temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            shift=shift,
-            support=support,
-            filter_value=filter_value,
-            backend=backend,
-            return_metrics=return_metrics,
-        )
-        _checks.divergence_options(num_items=None, **self.options)
-        self.options["vocab_mismatch"] = vocab_mismatch
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+CALL = {"weight", "num_items"}  # what belongs to the call
+LINEAR_CALL = {
+    "teacher_hidden", "teacher_weight", "teacher_logits", "student_bias", "teacher_bias"
+}  # fmt: skip
 
 
-class ReverseKLLoss(_Options):
-    """:func:`drkl_triton.reverse_kl` with its options fixed. Options, errors and formula are those
-    of the function.
+class DivergenceLoss(nn.Module):
+    """:func:`drkl_triton.divergence` with its objective and its options fixed, checked already in
+    ``__init__``. Options, errors and formula are those of the function.
 
     ``forward(student_logits, teacher_logits, labels=None, *, weight=None, num_items=None)`` takes
-    ``[..., V]`` logits and ``[...]`` labels and weights; wrong options raise already in
-    ``__init__``.
+    ``[..., V]`` logits and ``[...]`` labels and weights.
     """
+
+    _kinds: tuple = (Options,)
+    _call: set[str] = CALL
+
+    def __init__(self, objective: Objective, **options: Any):
+        super().__init__()
+        _checks.objective(objective)
+        self.objective = objective
+        name, mine = type(self).__name__, dict(options)
+        _checks.known_options(name, {k: v for k, v in options.items() if k in self._call})
+        found = _options.taken(name, mine, *self._kinds)
+        self.options = {
+            key: value
+            for kind in found
+            for key, value in kind._asdict().items()
+            if key not in self._call
+        }
 
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | None = None,
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowMetrics]:
-        return reverse_kl(
+        return divergence(
+            self.objective,
             student_logits,
             teacher_logits,
             labels,
@@ -80,39 +76,28 @@ class ReverseKLLoss(_Options):
             **self.options,
         )
 
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.objective!r}, {options}"
 
-class DRKLLoss(ReverseKLLoss):
-    """:func:`drkl_triton.drkl` with its options, ``gamma`` (default 0.5) included, fixed;
-    ``forward`` needs labels.
-    """
+
+class ReverseKLLoss(DivergenceLoss):
+    """:func:`drkl_triton.reverse_kl` as a :class:`DivergenceLoss`."""
+
+    def __init__(self, **options: Any):
+        super().__init__(objectives.reverse_kl(), **options)
+
+
+class DRKLLoss(DivergenceLoss):
+    """:func:`drkl_triton.drkl` as a :class:`DivergenceLoss`; ``forward`` needs labels."""
 
     def __init__(self, *, gamma: float | Tensor = 0.5, **options: Any):
-        super().__init__(**options)
-        _checks.positive("gamma", gamma)
-        self.options["gamma"] = gamma
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor,
-        *,
-        weight: Tensor | None = None,
-        num_items: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, RowMetrics]:
-        return drkl(
-            student_logits,
-            teacher_logits,
-            labels,
-            weight=weight,
-            num_items=num_items,
-            **self.options,
-        )
+        super().__init__(objectives.drkl(gamma), **options)
 
 
-class LinearReverseKLLoss(_Options):
-    """:func:`drkl_triton.linear_reverse_kl` with its options fixed: those of
-    :class:`ReverseKLLoss`, and of the two output layers ``student_softcap``, ``teacher_softcap``
+class LinearDivergenceLoss(DivergenceLoss):
+    """:func:`drkl_triton.linear_divergence` with its objective and options fixed: those of
+    :class:`DivergenceLoss`, and of the two output layers ``student_softcap``, ``teacher_softcap``
     (default None), ``student_scale``, ``teacher_scale`` (1.0), and ``chunk_bytes`` (None) and
     ``recompute`` (False).
 
@@ -122,31 +107,8 @@ class LinearReverseKLLoss(_Options):
     weights. The matrices are no parameters of this module.
     """
 
-    _function = staticmethod(linear_reverse_kl)
-
-    def __init__(
-        self,
-        *,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        student_scale: float = 1.0,
-        teacher_scale: float = 1.0,
-        chunk_bytes: int | None = None,
-        recompute: bool = False,
-        **options: Any,
-    ):
-        super().__init__(**options)
-        _checks.head_numbers("student", student_scale, student_softcap)
-        _checks.head_numbers("teacher", teacher_scale, teacher_softcap)
-        _checks.linear_options(chunk_bytes=chunk_bytes, recompute=recompute)
-        self.options |= dict(
-            student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap,
-            student_scale=student_scale,
-            teacher_scale=teacher_scale,
-            chunk_bytes=chunk_bytes,
-            recompute=recompute,
-        )
+    _kinds = (Options, LinearOptions)
+    _call = CALL | LINEAR_CALL
 
     def forward(
         self,
@@ -162,7 +124,8 @@ class LinearReverseKLLoss(_Options):
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowMetrics]:
-        return self._function(
+        return linear_divergence(
+            self.objective,
             student_hidden,
             student_weight,
             labels,
@@ -177,14 +140,17 @@ class LinearReverseKLLoss(_Options):
         )
 
 
-class LinearDRKLLoss(LinearReverseKLLoss):
-    """:func:`drkl_triton.linear_drkl` with its options, ``gamma`` (default 0.5) included, fixed;
-    ``forward`` is that of :class:`LinearReverseKLLoss`, and needs labels.
+class LinearReverseKLLoss(LinearDivergenceLoss):
+    """:func:`drkl_triton.linear_reverse_kl` as a :class:`LinearDivergenceLoss`."""
+
+    def __init__(self, **options: Any):
+        super().__init__(objectives.reverse_kl(), **options)
+
+
+class LinearDRKLLoss(LinearDivergenceLoss):
+    """:func:`drkl_triton.linear_drkl` as a :class:`LinearDivergenceLoss`; ``forward`` needs
+    labels.
     """
 
-    _function = staticmethod(linear_drkl)
-
     def __init__(self, *, gamma: float | Tensor = 0.5, **options: Any):
-        super().__init__(**options)
-        _checks.positive("gamma", gamma)
-        self.options["gamma"] = gamma
+        super().__init__(objectives.drkl(gamma), **options)

@@ -12,20 +12,26 @@ Every edge is decided by looking at the logits, never at a probability that may 
 ======================================  ========================  ==============
 the row                                 loss                      gradient
 ======================================  ========================  ==============
-teacher -inf where student is finite    +inf                      0
-both -inf, or the student alone         the term is 0             0 there
-student -inf at the label               -log(1 - p_y) + gamma N   0 at the label
-student finite at the label only        -log p_y                  0
+reverse: teacher -inf, student finite   +inf                      0
+forward: student -inf, teacher finite   +inf                      0
+cross-entropy: student -inf at label    +inf                      0
+both -inf                               the term is 0             0 there
+reverse: the student alone -inf         the term is 0             0 there
+DRKL: student -inf at the label         -log(1 - p_y) + gamma N   0 at the label
+DRKL: student finite at the label only  -log p_y                  0
 one side -inf everywhere; NaN or +inf   NaN                       NaN
 ======================================  ========================  ==============
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from . import facts, objectives
 from .algebra import RowMetrics
 
 INF = float("inf")
@@ -47,27 +53,6 @@ def _relative(x: Tensor, temperature: float | Tensor) -> Tensor:
     """
     top = x.detach().amax(-1, keepdim=True)
     return (x - torch.where(top == -INF, 0.0, top)) / temperature
-
-
-def reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options
-):
-    """KL(q || p); with labels computed as KL(b_q || b_p) + (1 - q_y) KL(q^ || p^), which is exactly
-    the same.
-    """
-    return _divergence(student_logits, teacher_logits, labels, None, **options)
-
-
-def drkl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    gamma: float | Tensor = 0.5,
-    **options,
-):
-    """KL(b_q || b_p) + gamma KL(q^ || p^): our reading of Equation 9 of arXiv 2604.00223."""
-    return _divergence(student_logits, teacher_logits, labels, gamma, **options)
 
 
 def split(
@@ -143,11 +128,175 @@ def _on_support(
     return torch.where(absent, -INF, s), torch.where(absent, -INF, t)
 
 
-def _divergence(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    gamma: float | Tensor | None,
+class _Rows(NamedTuple):
+    """Rows that no edge decides, and flat ones in place of the others."""
+
+    s: Tensor  # [..., V]
+    t: Tensor
+    y: Tensor  # [...], 0 where there is no label
+    has_label: Tensor
+    temperature: float | Tensor
+
+    @property
+    def log_q(self) -> Tensor:
+        return log_softmax(self.s, temperature=self.temperature)
+
+    @property
+    def log_p(self) -> Tensor:
+        return log_softmax(self.t, temperature=self.temperature)
+
+    def split(self):
+        """(KL(b_q || b_p), KL(q^ || p^), log-odds of q_y)."""
+        return split(self.s, self.t, self.y, self.temperature)
+
+    def of_columns(self, phi) -> Tensor:
+        """sum phi(log q_k, log p_k), 0 where both are -inf."""
+        log_q, log_p = self.log_q, self.log_p
+        nothing = (log_q == -INF) & (log_p == -INF)
+        log_q, log_p = (torch.where(nothing, 0.0, x) for x in (log_q, log_p))
+        return torch.where(nothing, 0.0, phi(log_q, log_p)).sum(-1)
+
+
+def _reverse_kl(r: _Rows) -> Tensor:
+    target, nontarget, u = r.split()
+    split_up = target + _sigmoid(-u) * nontarget
+    return torch.where(r.has_label, split_up, _kl(r.log_q, r.log_p))
+
+
+def _drkl(r: _Rows, gamma) -> Tensor:
+    target, nontarget, _ = r.split()
+    return target + gamma * nontarget
+
+
+def _forward_kl(r: _Rows) -> Tensor:
+    return _kl(r.log_p, r.log_q)
+
+
+def _dkd(r: _Rows, alpha, beta) -> Tensor:
+    target, nontarget, _ = split(r.t, r.s, r.y, r.temperature)
+    return alpha * target + beta * nontarget
+
+
+def _cross_entropy(r: _Rows) -> Tensor:
+    return -log_softmax(r.s).gather(-1, r.y[..., None])[..., 0]
+
+
+def _z_loss(r: _Rows) -> Tensor:
+    return torch.logsumexp(r.s, -1) ** 2
+
+
+def _entropy(r: _Rows, teacher: bool = False) -> Tensor:
+    log_q = r.log_p if teacher else r.log_q
+    return -_times(log_q.exp(), log_q, log_q != -INF).sum(-1)
+
+
+def _gated_kl(r: _Rows, threshold, forward) -> Tensor:
+    gate = torch.where(_entropy(r, teacher=True) > threshold, forward, 0.0)
+    return _reverse_kl(r) + gate * _forward_kl(r)
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """torch.logaddexp has a NaN gradient where both are -inf."""
+    nothing = (x == -INF) & (y == -INF)
+    x, y = (torch.where(nothing, 0.0, z) for z in (x, y))
+    return torch.where(nothing, -INF, torch.logaddexp(x, y))
+
+
+def _mixed(r: _Rows, of_p, of_q) -> tuple[Tensor, Tensor, Tensor]:
+    """(log q, log p, log(of_p p + of_q q))."""
+    log_q, log_p = r.log_q, r.log_p
+    of_p, of_q = (torch.as_tensor(x, dtype=log_q.dtype).log() for x in (of_p, of_q))
+    return log_q, log_p, _logaddexp(log_p + _column(of_p), log_q + _column(of_q))
+
+
+def _column(x: Tensor) -> Tensor:
+    return x[..., None] if x.dim() else x
+
+
+def _jensen_shannon(r: _Rows, beta) -> Tensor:
+    log_q, log_p, log_m = _mixed(r, beta, 1 - beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _skew_kl(r: _Rows, alpha) -> Tensor:
+    _, log_p, log_m = _mixed(r, alpha, 1 - alpha)
+    return _kl(log_p, log_m)
+
+
+def _skew_reverse_kl(r: _Rows, alpha) -> Tensor:
+    log_q, _, log_m = _mixed(r, 1 - alpha, alpha)
+    return _kl(log_q, log_m)
+
+
+def _total_variation(r: _Rows) -> Tensor:
+    return 0.5 * (r.log_q.exp() - r.log_p.exp()).abs().sum(-1)
+
+
+def _alpha_beta(r: _Rows, alpha, beta) -> Tensor:
+    a, b = (_column(torch.as_tensor(x, dtype=r.s.dtype)) for x in (alpha, beta))
+
+    def phi(log_q, log_p):
+        def of_sum(x):
+            return ((a + b) * x).exp()
+
+        mean = (a * of_sum(log_p) + b * of_sum(log_q)) / (a + b)
+        return (mean - (a * log_p + b * log_q).exp()) / (a * b)
+
+    return r.of_columns(phi)
+
+
+def _without_beta(r: _Rows, alpha) -> Tensor:
+    return r.of_columns(
+        lambda lq, lp: (lp * alpha).exp() * (lp - lq) / alpha
+        - ((lp * alpha).exp() - (lq * alpha).exp()) / alpha**2
+    )
+
+
+def _without_alpha(r: _Rows, beta) -> Tensor:
+    return r.of_columns(
+        lambda lq, lp: (lq * beta).exp() * (lq - lp) / beta
+        - ((lq * beta).exp() - (lp * beta).exp()) / beta**2
+    )
+
+
+def _without_sum(r: _Rows, alpha) -> Tensor:
+    return r.of_columns(
+        lambda lq, lp: ((lq - lp) / alpha + (((lp - lq) * alpha).exp() - 1) / alpha**2)
+    )
+
+
+def _at_zero(r: _Rows) -> Tensor:
+    return r.of_columns(lambda lq, lp: 0.5 * (lp - lq) ** 2)
+
+
+# What makes a row +inf: the teacher or the student -inf where the other is not, or at the label.
+TEACHER, STUDENT, LABEL = "teacher", "student", "label"
+_ROWS = {
+    "reverse_kl": (_reverse_kl, {TEACHER}),
+    "drkl": (_drkl, {TEACHER}),
+    "forward_kl": (_forward_kl, {STUDENT}),
+    "dkd": (_dkd, {STUDENT}),
+    "cross_entropy": (_cross_entropy, {LABEL}),
+    "z_loss": (_z_loss, set()),
+    "entropy": (_entropy, set()),
+    "gated_kl": (_gated_kl, {TEACHER, STUDENT}),
+    "jensen_shannon": (_jensen_shannon, set()),
+    "skew_kl": (_skew_kl, set()),
+    "skew_reverse_kl": (_skew_reverse_kl, set()),
+    "total_variation": (_total_variation, set()),
+    "general_alpha_beta": (_alpha_beta, set()),
+    "alpha_beta_without_beta": (_without_beta, set()),
+    "alpha_beta_without_alpha": (_without_alpha, set()),
+    "alpha_beta_without_sum": (_without_sum, set()),
+    "alpha_beta_at_zero": (_at_zero, set()),
+}
+
+
+def divergence(
+    objective: objectives.Objective,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None = None,
+    labels: Tensor | None = None,
     *,
     weight: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -160,10 +309,18 @@ def _divergence(
     filter_value: float = -INF,
     return_metrics: bool = False,
 ):
+    """The sum of the objective's terms. Those written outside of this package have their own
+    values, and derivatives by autograd.
+    """
+    student, has_teacher = student_logits, teacher_logits is not None
+    teacher = teacher_logits.detach() if has_teacher else student.detach()
     V = min(student.shape[-1], teacher.shape[-1])
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    s, t = student[..., :V].to(dtype), teacher[..., :V].detach().to(dtype)
+    s, t = student[..., :V].to(dtype), teacher[..., :V].to(dtype)
     s, t = _on_support(s, t, support, filter_value, teacher.dtype)
+    compared = objective.needs_teacher or return_metrics
+    if not compared:
+        t = s.detach()
     if weight is None:
         weight = torch.ones(s.shape[:-1], dtype=dtype, device=s.device)
     y = torch.full(s.shape[:-1], -1, device=s.device) if labels is None else labels.long()
@@ -174,24 +331,28 @@ def _divergence(
         y, ignored, weight = (torch.roll(x, -1, dims=-1) for x in (y, ignored, weight))
         ignored = ignored | (torch.arange(s.shape[-2], device=s.device) == s.shape[-2] - 1)
     has_label = (y >= 0) & (y < V) & ~ignored
-    if gamma is not None and not (has_label | ignored).all():
+    if objective.labels and not (has_label | ignored).all():
         raise ValueError("labels outside the vocabulary")
 
     # the edges, by the logits alone
     is_nan = (_is_bad(s) | _is_bad(t)) & ~ignored
+    here = torch.where(has_label, y, 0)
     missing = (t == -INF) & (s != -INF)
-    is_inf = missing.any(-1) & ~is_nan
+    reasons = {
+        TEACHER: missing.any(-1),
+        STUDENT: ((s == -INF) & (t != -INF)).any(-1),
+        LABEL: has_label & (s.gather(-1, here[..., None])[..., 0] == -INF),
+    }
+    is_inf = torch.zeros_like(is_nan)
+    for formula, _, _ in objective.terms:
+        for reason in _ROWS.get(formula.key, (None, _reasons(formula)))[1]:
+            is_inf = is_inf | reasons[reason]
+    is_inf = is_inf & ~is_nan
     special = ignored | is_nan | is_inf
     # rows decided by an edge go through the formulas as flat rows, so that no NaN reaches a
     # gradient
     s_row, t_row = (torch.where(special[..., None], 0.0, x) for x in (s, t))
-    target, nontarget, u = split(s_row, t_row, torch.where(has_label, y, 0), temperature)
-    loss = _kl(
-        log_softmax(s_row, temperature=temperature), log_softmax(t_row, temperature=temperature)
-    )
-    if labels is not None:
-        weight_of_rest = _sigmoid(-u) if gamma is None else gamma
-        loss = torch.where(has_label, target + weight_of_rest * nontarget, loss)
+    loss = _terms(objective, _Rows(s_row, t_row, here, has_label, temperature), shift)
     loss = torch.where(is_nan, 0.0, torch.where(is_inf, INF, loss))
     # a NaN row's gradient is NaN in every column; the other rows meet a product of zeros
     poison = torch.where(is_nan, float("nan"), 0.0)[..., None].to(dtype)
@@ -204,9 +365,93 @@ def _divergence(
     if not return_metrics:
         return reduced
     with torch.no_grad():
-        return reduced, _metrics(
+        metrics = _metrics(
             loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labels is not None
         )
+    if not has_teacher:
+        names = "target_kl", "nontarget_kl", "teacher_target_prob", "teacher_entropy"
+        metrics = metrics._replace(**dict.fromkeys(names))
+    return reduced, metrics
+
+
+def _terms(objective, r: _Rows, shift: bool) -> Tensor:
+    def own(x):
+        if not isinstance(x, Tensor):
+            return x
+        x = x.to(r.s)
+        return torch.roll(x, -1, dims=-1) if shift and x.dim() else x
+
+    loss = 0.0
+    for formula, parameters, weight in objective.terms:
+        parameters = [own(x) for x in parameters]
+        if formula.key in _ROWS:
+            value = _ROWS[formula.key][0](r, *parameters)
+        else:
+            value = _of_formula(formula, r, parameters)
+        loss = loss + (value if weight is None else own(weight) * value)
+    return loss
+
+
+def _of_formula(formula, r: _Rows, parameters) -> Tensor:
+    parameters = [torch.as_tensor(x, dtype=r.s.dtype) for x in parameters]
+    if formula.is_pointwise:
+        columns = [_column(x) for x in parameters]
+
+        def value(*logs):
+            return formula.function(*(x.clamp_min(facts.ABSENT) for x in logs), *columns)[0]
+
+        return r.of_columns(value)
+    _, qp, u = r.split()
+    _, pq, v = split(r.t, r.s, r.y, r.temperature)
+    u, v = (torch.where(r.has_label, x, -INF) for x in (u, v))
+    qp = torch.where(r.has_label, qp, _kl(r.log_q, r.log_p))
+    pq = torch.where(r.has_label, pq, _kl(r.log_p, r.log_q))
+    entropies = []
+    for x in (r.s, r.t):
+        rest = torch.arange(x.shape[-1]) != torch.where(r.has_label, r.y, -1)[..., None]
+        log_rest = log_softmax(torch.where(rest, x, -INF), temperature=r.temperature)
+        entropies.append(-_times(log_rest.exp(), log_rest, log_rest != -INF).sum(-1))
+    at_label = log_softmax(r.s).gather(-1, r.y[..., None])[..., 0]
+    f = facts.Facts(
+        u, v, logsigmoid(u), logsigmoid(-u), logsigmoid(v), logsigmoid(-v), qp, pq, *entropies,
+        at_label, torch.logsumexp(r.s, -1),
+    )  # fmt: skip
+    return formula.function(f, *parameters).loss
+
+
+def _reasons(formula) -> set:
+    return {
+        reason
+        for bit, reason in ((facts.REVERSE, TEACHER), (facts.FORWARD, STUDENT))
+        if formula.needs & bit
+    }
+
+
+def _loss(builder):
+    def loss(student_logits, teacher_logits, labels=None, **options):
+        own = {name: options.pop(name) for name in names if name in options}
+        return divergence(builder(**own), student_logits, teacher_logits, labels, **options)
+
+    names = ("gamma", "forward", "alpha", "beta", "threshold")
+    loss.__name__, loss.__doc__ = builder.__name__, builder.__doc__
+    return loss
+
+
+reverse_kl = _loss(objectives.reverse_kl)
+drkl = _loss(objectives.drkl)
+forward_kl = _loss(objectives.forward_kl)
+mixed_kl = _loss(objectives.mixed_kl)
+dkd = _loss(objectives.dkd)
+js_divergence = _loss(objectives.js_divergence)
+skew_kl = _loss(objectives.skew_kl)
+skew_reverse_kl = _loss(objectives.skew_reverse_kl)
+total_variation = _loss(objectives.total_variation)
+alpha_beta = _loss(objectives.alpha_beta)
+
+
+def cross_entropy(student_logits: Tensor, labels: Tensor, **options):
+    """-log q_y at temperature 1."""
+    return divergence(objectives.cross_entropy(), student_logits, None, labels, **options)
 
 
 def _is_bad(x: Tensor) -> Tensor:
@@ -229,19 +474,18 @@ def _reduce(loss, weight, reduction, num_items, connected_zero):
 
 def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labelled):
     s, t = (torch.where((ignored | is_nan)[..., None], 0.0, x) for x in (s, t))
-    log_q = log_softmax(s, temperature=temperature)
-    entropy = -_times(log_q.exp(), log_q, log_q != -INF).sum(-1)
+    r = _Rows(s, t, torch.where(has_label, y, 0), has_label, temperature)
 
     def clean(x, unknown):
         return torch.where(ignored, 0.0, torch.where(unknown, float("nan"), x))
 
+    entropies = [clean(_entropy(r, teacher), is_nan) for teacher in (False, True)]
     if not labelled:
-        return RowMetrics(loss.detach(), *[None] * 4, clean(entropy, is_nan), ~ignored)
-    y = torch.where(has_label, y, 0)
-    target, nontarget, u = split(s, t, y, temperature)
-    _, _, v = split(t, t, y, temperature)
-    at_label = missing.gather(-1, y[..., None])[..., 0]
-    elsewhere = missing.scatter(-1, y[..., None], False).any(-1)
+        return RowMetrics(loss.detach(), *[None] * 4, *entropies, ~ignored)
+    target, nontarget, u = r.split()
+    _, _, v = split(t, t, r.y, temperature)
+    at_label = missing.gather(-1, r.y[..., None])[..., 0]
+    elsewhere = missing.scatter(-1, r.y[..., None], False).any(-1)
     fields = (
         torch.where(at_label, INF, target),
         torch.where(elsewhere, INF, nontarget),
@@ -249,5 +493,4 @@ def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, la
         v.sigmoid(),
     )
     unknown = is_nan | ~has_label
-    fields = [*(clean(x, unknown) for x in fields), clean(entropy, is_nan)]
-    return RowMetrics(loss.detach(), *fields, ~ignored)
+    return RowMetrics(loss.detach(), *(clean(x, unknown) for x in fields), *entropies, ~ignored)

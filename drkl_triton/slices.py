@@ -5,7 +5,7 @@
     gradient   row_grad(S, T), over S itself             where one is wanted
     products   d hidden = G @ weight,  d weight += G.T @ hidden
 
-The launchers and the algebra are those of the losses from logits. Rows that are ignored are left
+The launchers are those of the losses from logits. Rows that are ignored are left
 out before the first product.
 
 Where the library multiplies 16-bit matrices into float32 (CUDA), the gradient is rounded once, to
@@ -17,14 +17,17 @@ stays in float32 where it is, over S, and a group is one slice.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import algebra, tiled
 from ._layout import rows_in_place, rows_of
-from .algebra import IGNORED
+from .facts import IGNORED
+
+if TYPE_CHECKING:
+    from ._loss import Loss
 
 MB = 1 << 20
 # What both models' slices take by default: this, or on a GPU a quarter of its free memory, if that
@@ -41,7 +44,7 @@ COLUMNS = 64
 PART, MIN_PART = 1 << 19, 512
 # Gradients in float16 are multiplied by a power of two that makes the largest upstream gradient
 # 2^FLOAT16_SCALE, so that 1e-10 of it does not vanish. A row that could then exceed 2^15 (a
-# divergence of 127 nats) is multiplied by a smaller one (formulas.float16_room).
+# divergence of 127 nats) is multiplied by a smaller one (facts.float16_room).
 FLOAT16_SCALE = 8
 
 
@@ -64,57 +67,6 @@ class Head(NamedTuple):
             out.mul_(self.scale)
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
-
-
-class Loss(NamedTuple):
-    """A divergence of rows of logits."""
-
-    launchers: object  # the module of a backend
-    inv_temperature: Tensor
-    gamma: Tensor | None
-    filter_value: Tensor | None
-    V: int
-    labelled: bool
-    entropy: bool
-
-    def sums(self, s: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        return self.launchers.row_sums(
-            rows_of(s),
-            rows_of(t),
-            label,
-            self.inv_temperature,
-            self.V,
-            filter_value=self.filter_value,
-            entropy=self.entropy,
-        )
-
-    def gradient(
-        self,
-        s: Tensor,
-        t: Tensor,
-        label: Tensor,
-        sums: Tensor,
-        upstream: Tensor,
-        factor: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        """factor [rows]: the gradient is kept inside float16, and what it is to be multiplied with
-        afterwards is written here.
-        """
-        table = self.launchers.gradient_table(
-            sums, label, self.inv_temperature, self.gamma, upstream, labelled=self.labelled,
-            inv_room=factor,
-        )  # fmt: skip
-        self.launchers.row_grad(
-            rows_of(s),
-            rows_of(t),
-            label,
-            self.inv_temperature,
-            table,
-            self.V,
-            filter_value=self.filter_value,
-            out=out,
-        )
 
 
 class Wanted(NamedTuple):
@@ -238,6 +190,15 @@ class _GivenLogits:
         return self.logits[torch.unravel_index(index, self.logits.shape[:-1])]
 
 
+class _NoLogits:
+    """Where there is no teacher."""
+
+    itemsize = 0
+
+    def slice(self, i: int, j: int) -> None:
+        return None
+
+
 class _ModelLogits:
     """The teacher's logits where its head makes them."""
 
@@ -317,34 +278,36 @@ def plan(count: int, slice_bytes: int, group_bytes: int, chunk_bytes: int) -> tu
 def walk(
     loss: Loss,
     student: Head,
-    teacher: Head | Tensor,
+    teacher: Head | Tensor | None,
     label: Tensor,
+    parameters: Tensor | None,
     upstream: Tensor | None,
     sums: Tensor | None,
     wanted: Wanted,
     may_skip: bool,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(sums [9, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
+    """(sums [14, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
 
-    teacher: its head, or its logits [..., V]. label int64 [N]. upstream [N]: the gradient of each
+    teacher: its head, its logits [..., V], or None. label int64 [N]; parameters of the objective
+    [P, N] or [P, 1]. upstream [N]: the gradient of each
     row's loss; None: no gradient is wanted. sums: those of an earlier call, or None. may_skip:
     whether rows may be ignored, so that it must be looked which are.
     """
     acc, device, V = loss.inv_temperature.dtype, label.device, loss.V
     rows = _Rows(label, may_skip, None if sums is None else upstream)
-    if isinstance(teacher, Tensor):
-        theirs = _GivenLogits(teacher, V, rows)
-        itemsize = theirs.itemsize
-    else:
+    if isinstance(teacher, Head):
         theirs, itemsize = _ModelLogits(teacher, rows), acc.itemsize
+    else:
+        theirs = _NoLogits() if teacher is None else _GivenLogits(teacher, V, rows)
+        itemsize = theirs.itemsize
     dtype = student.weight.dtype
     narrow = upstream is not None and dtype.itemsize == 2 and acc == torch.float32
     narrow = narrow and multiplies_into_float32(device, dtype)
     # The derivative of a softcap needs the student's logits after the gradient is written; so that
     # goes over the teacher's, or where those are the caller's, into a buffer of its own.
     capped = upstream is not None and student.softcap is not None
-    extra = capped and isinstance(theirs, _GivenLogits)
+    extra = capped and not isinstance(theirs, _ModelLogits)
 
     columns = -(-V // COLUMNS) * COLUMNS
     slice_bytes = columns * (acc.itemsize * (1 + extra) + itemsize)
@@ -361,6 +324,9 @@ def walk(
     G = buffer(group, dtype) if narrow else S
 
     label = rows.take(label, 0, rows.count)
+    per_row = parameters is not None and parameters.shape[1] > 1
+    if per_row and rows.chosen is not None:
+        parameters = parameters[:, rows.chosen]
     if sums is not None:
         table = sums if rows.chosen is None else sums[:, rows.chosen]
     else:
@@ -373,7 +339,7 @@ def walk(
         zero = upstream == 0
         factor = None  # of the rows of G
         if narrow and dtype == torch.float16:
-            scale = _float16_scale(upstream, loss)
+            scale = _float16_scale(upstream, parameters, loss)
             upstream = upstream * scale
             factor = torch.empty_like(upstream)
 
@@ -384,13 +350,15 @@ def walk(
             s, y = S[: e - k], label[k:e]
             student.logits(rows.take(student.hidden, k, e), s)
             t = theirs.slice(k, e)
+            pair = rows_of(s), rows_of(s if t is None else t)
+            own = parameters[:, k:e] if per_row else parameters
             if sums is None:
-                table[:, k:e] = loss.sums(s, t, y)
+                table[:, k:e] = loss.sums(*pair, y, own)
             if upstream is not None:
                 g, up = G[k - i : e - i], upstream[k:e]
                 out = over[: e - k] if capped else g
                 room = None if factor is None else factor[k:e]
-                loss.gradient(s, t, y, table[:, k:e], up, room, out)
+                loss.gradient(*pair, y, own, table[:, k:e], up, factor=room, out=out)
                 if capped:  # d softcap(z) / dz = 1 - (s / softcap)^2
                     s.div_(student.softcap).square_().neg_().add_(1.0).mul_(out)
                     s.masked_fill_(zero[k:e, None], 0.0)
@@ -412,7 +380,7 @@ def walk(
     return sums, gradients.hidden, gradients.weight, gradients.bias
 
 
-def _float16_scale(upstream: Tensor, loss: Loss) -> Tensor:
+def _float16_scale(upstream: Tensor, parameters: Tensor | None, loss: Loss) -> Tensor:
     """The power of two that brings the largest of ``upstream`` to FLOAT16_SCALE, for gradients in
     float16: divided by the number of tokens, one of 1 / V would be 0.
     """
@@ -420,7 +388,8 @@ def _float16_scale(upstream: Tensor, loss: Loss) -> Tensor:
         return upstream.new_ones(())
     # a temperature above 1 divides the gradient, and the log-ratios in it
     cooling = loss.inv_temperature * loss.inv_temperature.clamp(max=1.0)
-    weight = 1.0 if loss.gamma is None else loss.gamma.clamp(min=1.0)
+    # a parameter may weigh all of it
+    weight = 1.0 if parameters is None else parameters.abs().amax().clamp(min=1.0)
     top = upstream.abs().amax() * cooling * weight
     top = torch.where((top > 0) & top.isfinite(), top, 1.0)
     return torch.exp2((FLOAT16_SCALE - top.log2().ceil()).clamp(-120, 120))

@@ -19,13 +19,31 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _reduction, algebra, formulas
+from . import _reduction, facts
 from ._layout import Rows
-from .algebra import IGNORED, INVALID, MISSING, NO_LABEL, SUMS, UNIT, Sums, merge
+from .algebra import AT, SUMS, merge
+from .facts import (
+    ENTROPY,
+    FORWARD,
+    IGNORED,
+    INVALID,
+    MISSING,
+    NO_LABEL,
+    REVERSE,
+    TEACHER,
+    TEACHER_ENTROPY,
+    UNIT,
+    UNTEMPERED,
+    Sums,
+)
+
+if TYPE_CHECKING:
+    from ._objective import Program
 
 # Elements of scratch, of all threads together: 12.6 MB in float32. Divided among two threads and
 # three buffers, an operation takes 100 microseconds and what it costs besides its work is small.
@@ -188,10 +206,10 @@ def row_sums(
     inv_temperature: Tensor,
     V: int,
     *,
+    needs: int,
     filter_value: Tensor | None = None,
-    entropy: bool = False,
 ) -> Tensor:
-    """The table of sums [9, N] (kernels/row_sums.py). Rows that are not read hold 0."""
+    """The table of sums [14, N] (kernels/row_sums.py). Rows that are not read hold 0."""
     N, acc, device = label.numel(), inv_temperature.dtype, label.device
     sums = torch.zeros(SUMS, N, dtype=acc, device=device)
     unread = (label == IGNORED) | (label == INVALID)
@@ -202,22 +220,26 @@ def row_sums(
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
             args = label[rows] - c, scale, scratch.tiles(*s.shape)
-            part = _sum_carefully(s, t, *args, filter_value, entropy)
+            part = _sum_carefully(s, t, *args, filter_value, needs)
             sums[:, rows] = part if c == 0 else merge(sums[:, rows], part, inv_temperature)
 
     if device.type != "cpu":  # there, looking at a number would stall the device
-        spread(carefully, 3)
+        spread(carefully, 5)
         return torch.where(unread, 0.0, sums)
     if filter_value is not None or V < 2 or not float(inv_temperature) > 1e-30:
-        spread(carefully, 3, skipped=unread)
+        spread(carefully, 5, skipped=unread)
         return sums
 
-    for operand, maximum, at_label in ((student, 0, 6), (teacher, 4, 7)):
+    has_teacher = needs & TEACHER
+    operands = [(student, AT.m_s, AT.s_label)]
+    if has_teacher:
+        operands += [(teacher, AT.m_t, AT.t_label)]
+    for operand, maximum, at_label in operands:
         logits = _whole(operand, N)[..., :V]
         sums[at_label] = _at_label(logits, label.view(logits.shape[:2])).flatten()
         sums[maximum] = LEFT_OUT
         # A padded vocabulary has its -inf at the end: the row is not even started.
-        sums[8] = torch.maximum(sums[8], (logits[..., V - 1] == -INF).flatten())
+        sums[AT.care] = torch.maximum(sums[AT.care], (logits[..., V - 1] == -INF).flatten())
 
     def rest(operand, rows, span, buffer):
         """The columns without the label; in the buffer, but for what can be taken as it is."""
@@ -234,32 +256,57 @@ def row_sums(
         return torch.stack(tops).amax(0)
 
     def as_if_finite(rows, scratch):
-        count = len(label[rows])
-        if len(scratch.spans) > 1:
-            m_s, m_t = top(student, rows, scratch), top(teacher, rows, scratch)
-        d_s, a, h, d_t = torch.zeros(4, count, dtype=acc)
+        count, in_one = len(label[rows]), len(scratch.spans) == 1
+        if not in_one:
+            m_s = top(student, rows, scratch)
+            m_t = top(teacher, rows, scratch) if has_teacher else None
+        d_s, a, h, d_t, b, g, c = torch.zeros(7, count, dtype=acc)
         for span in scratch.spans:
-            x, z, q, *spare = scratch.tiles(count, span[1] - span[0])
-            s, t = rest(student, rows, span, x), rest(teacher, rows, span, z)
-            if len(scratch.spans) == 1:
-                m_s, m_t = s.amax(1), t.amax(1)
+            x, q, z, *spare = scratch.tiles(count, span[1] - span[0])
+            s = rest(student, rows, span, x)
+            if in_one:
+                m_s = s.amax(1)
             torch.sub(s, m_s[:, None], out=x)
-            torch.sub(t, m_t[:, None], out=z)
             d_s += torch.mul(x, scale, out=q).exp2_().sum(1)
-            if entropy:
-                h += torch.mul(x, q, out=spare[0]).sum(1)
+            if needs & ENTROPY:
+                h += torch.mul(x, q, out=z).sum(1)
+            if needs & UNTEMPERED:
+                c += torch.exp(x, out=z).sum(1)
+            if not has_teacher:
+                continue
+            t = rest(teacher, rows, span, z)
+            if in_one:
+                m_t = t.amax(1)
+            torch.sub(t, m_t[:, None], out=z)
             x.sub_(z)
-            d_t += z.mul_(scale).exp2_().sum(1)
-            a += x.mul_(q).sum(1)
-        sums[:6, rows] = torch.stack([m_s, d_s, a * UNIT, h * UNIT, m_t, d_t])
+            if needs & TEACHER_ENTROPY:
+                p = torch.mul(z, scale, out=spare[0]).exp2_()
+                g += z.mul_(p).sum(1)
+            else:
+                p = z.mul_(scale).exp2_()
+            d_t += p.sum(1)
+            if needs & FORWARD:
+                b -= p.mul_(x).sum(1)
+            if needs & REVERSE:
+                a += x.mul_(q).sum(1)
+        sums[AT.m_s, rows], sums[AT.d_s, rows] = m_s, d_s
+        if has_teacher:
+            sums[AT.m_t, rows], sums[AT.d_t, rows] = m_t, d_t
+        for place, x in ((AT.a, a), (AT.h, h), (AT.b, b), (AT.g, g)):
+            sums[place, rows] = x * UNIT
+        sums[AT.c, rows] = c
 
-    spread(as_if_finite, 4 if entropy else 3, skipped=unread | (sums[8] > 0))
-    m_s, _, a, h, m_t, *_ = sums
-    # an infinite logit makes a NaN or an infinity of `a`: 0 * inf, e * inf, inf - inf
-    good = a.isfinite() & h.isfinite() & (m_s > LEFT_OUT) & (m_t > LEFT_OUT)
+    buffers = 4 if needs & TEACHER_ENTROPY else 3
+    spread(as_if_finite, buffers, skipped=unread | (sums[AT.care] > 0))
+    # an infinite logit makes a NaN or an infinity of these: 0 * inf, e * inf, inf - inf
+    good = sums[AT.m_s] > LEFT_OUT
+    for place in (AT.a, AT.h, AT.b, AT.g):
+        good &= sums[place].isfinite()
+    if has_teacher:
+        good &= sums[AT.m_t] > LEFT_OUT
     sums[:, unread] = 0.0
     if not (good | unread).all():
-        spread(carefully, 3, skipped=good | unread)
+        spread(carefully, 5, skipped=good | unread)
     return sums
 
 
@@ -284,33 +331,48 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
     return torch.where(inside, x.gather(-1, column)[..., 0], -INF)
 
 
-def _sum_carefully(s, t, label, scale, buffers, filter_value, entropy):
-    """Sums [9, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
-    x, z, ratio = buffers
+def _sum_carefully(s, t, label, scale, buffers, filter_value, needs):
+    """Sums [14, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
+    x, z, q, p, spare = buffers
     x.copy_(s)
     z.copy_(t)
     if filter_value is not None:
         absent = z <= filter_value
         for b in (x, z):
             b.masked_fill_(absent, -INF)
-    at_label = [_at_label(b, label) for b in (x, z)]
+    s_label, t_label = (_at_label(b, label) for b in (x, z))
     for b in (x, z):  # the label's column is not part of the sums
         _leave_out(b, label, -INF)
     floor = torch.finfo(x.dtype).min
     m_s = x.amax(1).clamp_min_(floor)
     m_t = z.amax(1).clamp_min_(floor)
-    absent = x == -INF
-    missing = (z == -INF).logical_and_(~absent).any(1)
+    absent, absent_t = x == -INF, z == -INF
+    missing = (absent_t & ~absent).any(1)
     x.sub_(m_s[:, None])
     z.sub_(m_t[:, None])
-    torch.mul(z, UNIT, out=ratio).neg_().add_(x, alpha=UNIT).masked_fill_(absent, 0.0)
-    d_t = z.mul_(scale).exp2_().sum(1)
-    e = torch.mul(x, scale, out=z).exp2_()
-    d_s = e.sum(1)
-    h = x.masked_fill_(absent, 0.0).mul_(UNIT).mul_(e).sum(1) if entropy else torch.zeros_like(d_s)
-    a = ratio.mul_(e).sum(1)
+    d_s = torch.mul(x, scale, out=q).exp2_().sum(1)
+    d_t = torch.mul(z, scale, out=p).exp2_().sum(1)
+    a, b, h, g, c = torch.zeros(5, len(d_s), dtype=x.dtype, device=x.device)
+
+    def total(mass, x, absent):
+        return x.masked_fill_(absent, 0.0).mul_(mass).sum(1)
+
+    if needs & UNTEMPERED:
+        c = torch.exp(x, out=spare).sum(1)
+    x.mul_(UNIT)
+    z.mul_(UNIT)
+    if needs & REVERSE:
+        a = total(q, torch.sub(x, z, out=spare), absent)
+    if needs & FORWARD:
+        b = total(p, torch.sub(z, x, out=spare), absent_t)
+    if needs & ENTROPY:
+        h = total(q, x, absent)
+    if needs & TEACHER_ENTROPY:
+        g = total(p, z, absent_t)
     care = torch.where(missing, MISSING, torch.ones_like(a))
-    return torch.stack([m_s, d_s, a, h, m_t, d_t, *at_label, care])
+    none = torch.zeros_like(a)
+    found = Sums(m_s, d_s, a, h, m_t, d_t, b, g, c, s_label, t_label, care, none, none)
+    return torch.stack(found)
 
 
 def row_grad(
@@ -318,13 +380,16 @@ def row_grad(
     teacher: Rows,
     label: Tensor,
     inv_temperature: Tensor,
-    scalars: Tensor,
+    weights: Tensor,
     V: int,
     *,
+    slopes: int,
+    phis: tuple = (),
+    parameters: Tensor | None = None,
     filter_value: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient [N, columns of the student] from the table of scalars (kernels/row_grad.py).
+    """The gradient [N, columns of the student] from the table of weights (kernels/row_grad.py).
 
     ``out``: where to write it; the logits of either side, of the accumulator's dtype, may be there.
     """
@@ -333,50 +398,132 @@ def row_grad(
     if out is None:
         out = new_output((N, columns), student.tensor.dtype, label.device)
     out[:, V:].zero_()
-    m_s, m_t, shift, w1, w0, at_label, care = scalars[:, :, None].unbind(0)
-    zero = shift[:, 0] == INF
+    W = facts.Weights(*weights[:, :, None].unbind(0))
+    zero = W.shift[:, 0] == INF
     # Rows of gradient 0 are not read, nor those that are NaN.
-    unread = zero | w0[:, 0].isnan()
+    unread = zero | W.w0[:, 0].isnan()
     scale = inv_temperature * LOG2E
     # Elsewhere than on the CPU, looking at a number would stall the device.
     any_of = torch.any if on_cpu else lambda flags: True
-    careful, shifted = (care != 0) | (filter_value is not None), shift != 0
+    careful, shifted = (W.care != 0) | (filter_value is not None), W.shift != 0
+    with_logits = slopes & (REVERSE | ENTROPY)
+    beside = bool(slopes & (FORWARD | UNTEMPERED) or phis)
 
     def work(rows, scratch):
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
-            x, z = scratch.tiles(*s.shape)
-            _minus(s, m_s[rows], x)
-            _minus(t, m_t[rows], z)
+            x, z, *spare = scratch.tiles(*s.shape)
+            _minus(s, W.m_s[rows], x)
+            if slopes & TEACHER:
+                _minus(t, W.m_t[rows], z)
             if filter_value is not None:
-                x.masked_fill_(t <= filter_value, -INF)
-            torch.sub(x, z, out=z).mul_(w1[rows]).add_(w0[rows])
+                absent = t <= filter_value
+                x.masked_fill_(absent, -INF)
+                z.masked_fill_(absent, -INF)
+            if beside:
+                others = _beside_exponential(x, z, rows, *spare)
+            if slopes & REVERSE:
+                torch.sub(x, z, out=z).mul_(W.w1[rows]).add_(W.w0[rows])
+                if slopes & ENTROPY:
+                    z.addcmul_(x, W.w3[rows])
+            elif slopes & ENTROPY:
+                torch.mul(x, W.w3[rows], out=z).add_(W.w0[rows])
+            else:
+                z.copy_(W.w0[rows].expand_as(z))
             x.mul_(scale)
             if any_of(shifted[rows]):
-                x.sub_(shift[rows])
+                x.sub_(W.shift[rows])
             x.exp2_()
-            if any_of(careful[rows]):
+            if with_logits and any_of(careful[rows]):
                 # The student leaves the column out, or as good as: 0, whatever the teacher says.
                 z.masked_fill_(x == 0, 0.0)
-            if isinstance(rows, slice) and out.dtype == acc:
+            if isinstance(rows, slice) and out.dtype == acc and not beside:
                 torch.mul(x, z, out=out[rows, c:e])
             else:  # mul could convert, too, but takes twice as long
-                _put(out, rows, c, e, x.mul_(z))
+                x.mul_(z)
+                _put(out, rows, c, e, x.add_(others) if beside else x)
 
-    _spread((student, teacher), N, V, acc, work, 2, skipped=unread if on_cpu else None)
-    fill = torch.where(zero, 0.0, torch.full_like(w0[:, 0], float("nan")))[:, None]
+    def _beside_exponential(x, z, rows, total, spare):
+        """What is not multiplied with 2^(scale x)."""
+        total.zero_()
+        if slopes & FORWARD:
+            torch.mul(z, scale, out=total).exp2_().mul_(W.w2[rows])
+        if slopes & UNTEMPERED:
+            total.addcmul_(torch.exp(x, out=spare), W.w4[rows])
+        if phis:
+            own = () if parameters is None else _of_rows(parameters, rows)
+            log_q = torch.mul(x, inv_temperature, out=spare).add_(W.log_q[rows])
+            _, slope = facts.pointwise(log_q, z * inv_temperature + W.log_p[rows], own, phis)
+            total.addcmul_(slope, W.phi[rows])
+        return total
+
+    buffers = 4 if beside else 2
+    skipped = unread if on_cpu else None
+    _spread((student, teacher), N, V, acc, work, buffers, skipped=skipped)
+    fill = torch.where(zero, 0.0, torch.full_like(W.w0[:, 0], float("nan")))[:, None]
     if on_cpu:
         out[unread, :V] = fill[unread].to(out.dtype)
     else:
         out[:, :V] = torch.where(unread[:, None], fill.to(out.dtype), out[:, :V])
     has_label = ~zero & (label >= 0)
     where = torch.arange(N, device=label.device), torch.where(has_label, label, 0)
-    out[where] = torch.where(has_label, at_label[:, 0].to(out.dtype), out[where])
+    out[where] = torch.where(has_label, W.at_label[:, 0].to(out.dtype), out[where])
     return out
 
 
+def _of_rows(parameters: Tensor, rows: slice | Tensor) -> tuple[Tensor, ...]:
+    """[rows, 1] or [1, 1] each, of parameters [P, N] or [P, 1]."""
+    if parameters.shape[1] > 1:
+        parameters = parameters[:, rows]
+    return parameters[:, :, None].unbind(0)
+
+
+def row_phi(
+    student: Rows,
+    teacher: Rows,
+    label: Tensor,
+    inv_temperature: Tensor,
+    parameters: Tensor | None,
+    sums: Tensor,
+    V: int,
+    *,
+    phis: tuple,
+    filter_value: Tensor | None = None,
+) -> None:
+    """The second sweep, into the last two rows of ``sums`` (kernels/row_phi.py)."""
+    N, acc = label.numel(), inv_temperature.dtype
+    found = Sums(*sums)
+    to_q, to_p = facts.normalised(found, label, inv_temperature, TEACHER)
+    m_s, m_t, to_q, to_p = (x[:, None] for x in (found.m_s, found.m_t, to_q, to_p))
+
+    def work(rows, scratch):
+        own = () if parameters is None else _of_rows(parameters, rows)
+        phi, phi_slope = torch.zeros(2, len(label[rows]), dtype=acc, device=label.device)
+        for c, e in scratch.spans:
+            s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
+            x, z = scratch.tiles(*s.shape)
+            x.copy_(s)
+            z.copy_(t)
+            if filter_value is not None:
+                absent = z <= filter_value
+                x.masked_fill_(absent, -INF)
+                z.masked_fill_(absent, -INF)
+            for b in (x, z):
+                _leave_out(b, label[rows] - c, -INF)
+            x.sub_(m_s[rows]).mul_(inv_temperature).add_(to_q[rows])
+            z.sub_(m_t[rows]).mul_(inv_temperature).add_(to_p[rows])
+            value, slope = facts.pointwise(x, z, own, phis)
+            phi += value.sum(1)
+            phi_slope += slope.sum(1)
+        sums[AT.phi, rows], sums[AT.phi_slope, rows] = phi, phi_slope
+
+    unread = (label == IGNORED) | (label == INVALID)
+    skipped = unread if label.device.type == "cpu" else None
+    _spread((student, teacher), N, V, acc, work, 2, skipped=skipped)
+
+
 def row_sum_parts(*args, **flags) -> Tensor:
-    """``row_sums`` as the one share that it is, [1, 9, N]."""
+    """``row_sums`` as the one share that it is, [1, 14, N]."""
     return row_sums(*args, **flags)[None]
 
 
@@ -399,19 +546,19 @@ def row_losses(
     parts: Tensor,
     label: Tensor,
     inv_temperature: Tensor,
-    gamma: Tensor | None,
+    parameters: Tensor | None,
     weight: Tensor | None,
     num_items: Tensor | None,
     *,
-    labelled: bool,
+    program: Program,
+    needs: int,
     metrics: bool,
     reduction: str,
 ):
-    """(sums, result, denominator, fields) (kernels/row_map.py); parts [1, 9, N]."""
+    """(sums, result, denominator, fields) (kernels/row_map.py); parts [1, 14, N]."""
     (sums,) = parts
-    out = formulas.losses(
-        Sums(*sums.unbind(0)), label, inv_temperature, gamma, gamma is not None, labelled, metrics
-    )
+    formulas = formula_arguments(sums, label, inv_temperature, parameters)
+    out = facts.losses(*formulas, program.terms, program.phis, needs, metrics)
     loss, fields = out[0], torch.stack(out) if metrics else None
     if reduction == "none":
         return sums, loss if weight is None else loss * weight, None, fields
@@ -423,28 +570,36 @@ def row_losses(
     return sums, _reduction.total(loss, weight, denominator), denominator, fields
 
 
-def gradient_table(
+def formula_arguments(sums, label, inv_temperature, parameters):
+    """The first arguments of the functions of facts.py."""
+    parameters = () if parameters is None else parameters.unbind(0)
+    return Sums(*sums.unbind(0)), label, inv_temperature, parameters
+
+
+def row_weights(
     sums: Tensor,
     label: Tensor,
     inv_temperature: Tensor,
-    gamma: Tensor | None,
+    parameters: Tensor | None,
     upstream: Tensor,
     weight: Tensor | None = None,
     denominator: Tensor | None = None,
     *,
-    labelled: bool,
+    program: Program,
+    needs: int,
     inv_room: Tensor | None = None,
 ) -> Tensor:
-    """The table of gradient scalars [7, N] (kernels/row_map.py)."""
+    """The table of weights [13, N] (kernels/row_map.py)."""
     if denominator is not None:
-        upstream = formulas.divided(upstream, denominator)
+        upstream = facts.divided(upstream, denominator)
     upstream = upstream.expand(label.shape) if weight is None else upstream * weight
+    formulas = formula_arguments(sums, label, inv_temperature, parameters)
+    objective = program.terms, program.phis, needs
     if inv_room is not None:
-        bound = algebra.gradient_bound(sums, label, inv_temperature, gamma, labelled)
-        room = formulas.float16_room(bound, upstream)
+        room = facts.float16_room(facts.gradient_bound(*formulas, *objective), upstream)
         upstream = upstream * room
         torch.reciprocal(room, out=inv_room)
-    return algebra.gradient_scalars(sums, label, inv_temperature, gamma, labelled, upstream)
+    return torch.stack(facts.weights(*formulas, upstream, *objective))
 
 
 def softmax_forward(

@@ -1,9 +1,12 @@
-"""Write the gradient of a row from its scalars: the one form that RKL's and DRKL's gradients share.
+"""Write the gradient of a row from its weights: one form for all losses.
 
-    dstudent_k = 2^{scale (s_k - m_s) - shift} (w1 ((s_k - m_s) - (t_k - m_t)) + w0)      k != label
+    dstudent_k = 2^{scale x_k - shift} (w1 (x_k - z_k) + w3 x_k + w0) + 2^{scale z_k} w2
+                 + e^{x_k} w4 + phi'(log q_k, log p_k) weight                    k != label
     dstudent_label = at_label
 
-scalars[0:7, row] = m_s, m_t, shift, w1, w0, at_label, care
+with x_k = s_k - m_s, z_k = t_k - m_t, and log q_k = x_k / temperature + log_q, log p_k likewise;
+what SLOPES (bits of facts.py) and PHIS do not have is not computed. weights[:, row] are
+facts.Weights.
 
 A row whose shift is +inf has gradient 0 everywhere and is not read. ``care`` is 0 where no logit of
 the row is infinite (the label's aside): then the product above is right as it stands. A row that is
@@ -15,8 +18,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import launch, tuning
-from .online_softmax import LOG2E
+from ..facts import Weights
+from . import device, launch, tuning
+from .device import load_parameters, pointwise
+from .online_softmax import ENTROPY, FORWARD, LOG2E, REVERSE, UNTEMPERED
 from .row_walk import (
     Geometry,
     Pair,
@@ -32,17 +37,26 @@ from .row_walk import (
     vectors,
 )
 
-SCALARS = 7
+WEIGHTS: tl.constexpr = tl.constexpr(len(Weights._fields))
 
 
 class Scalars(NamedTuple):
-    """The formula above."""
+    """What the loop over a row needs: of facts.Weights, and beside them."""
 
     m_s: tl.tensor
     m_t: tl.tensor
     shift: tl.tensor
     w1: tl.tensor
     w0: tl.tensor
+    w2: tl.tensor
+    w3: tl.tensor
+    w4: tl.tensor
+    phi: tl.tensor
+    log_q: tl.tensor
+    log_p: tl.tensor
+    inv_temperature: tl.tensor
+    scale: tl.tensor
+    parameters: tl.tuple
 
 
 @triton.jit
@@ -55,33 +69,47 @@ def to_output(g, OUT: tl.constexpr):
 
 
 @triton.jit
-def gradient(x, W, scale, CAREFUL: tl.constexpr, OUT: tl.constexpr):
+def gradient(x, W, CAREFUL: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr):
     s = x.s - W.m_s
-    e = tl.exp2(s * scale - W.shift)
-    g = e * (W.w1 * (s - (x.t - W.m_t)) + W.w0)
+    e = tl.exp2(s * W.scale - W.shift)
+    z = x.t - W.m_t
+    level = W.w0
+    if REVERSE & G.NEEDS:
+        level = W.w1 * (s - z) + level
+    if ENTROPY & G.NEEDS:
+        level = W.w3 * s + level
+    g = e * level
     if CAREFUL:
         # The student leaves the column out, or as good as: 0, whatever the teacher says. 0 * inf is
         # NaN.
         g = tl.where(e == 0.0, tl.where(W.w0 == W.w0, 0.0, W.w0), g)
+    if FORWARD & G.NEEDS:
+        g += tl.exp2(z * W.scale) * W.w2
+    if UNTEMPERED & G.NEEDS:
+        g += tl.exp2(s * LOG2E) * W.w4
+    if len(G.PHIS) > 0:
+        log_q, log_p = s * W.inv_temperature + W.log_q, z * W.inv_temperature + W.log_p
+        _, slope = pointwise(log_q, log_p, W.parameters, G.PHIS)
+        g += slope * W.phi
     return to_output(g, OUT)
 
 
 @triton.jit
-def grad_tiles(here, d_body, W, scale, CAREFUL: tl.constexpr, G: tl.constexpr):
+def grad_tiles(here, d_body, W, CAREFUL: tl.constexpr, G: tl.constexpr):
     """The share's whole tiles without ``picked``, if that is one of them."""
     UNROLL: tl.constexpr = 1 if CAREFUL else 2
     for i in tl.range(here.first, here.last - here.mine.to(tl.int32), loop_unroll_factor=UNROLL):
         x = load_whole_pair(here, i, G)
         tile = i + (i >= here.picked).to(tl.int32)
-        g = gradient(x, W, scale, CAREFUL, d_body.dtype.element_ty)
+        g = gradient(x, W, CAREFUL, d_body.dtype.element_ty, G)
         tl.store(d_body + tile_offsets(tile, G.VEC, G), g)
 
 
 @triton.jit
-def grad_part(ptr, d_ptr, offs, mask, W, scale, filter_value, G: tl.constexpr):
+def grad_part(ptr, d_ptr, offs, mask, W, filter_value, G: tl.constexpr):
     """The columns under the mask."""
     x = load_pair(ptr, offs, mask, filter_value, G)
-    tl.store(d_ptr + offs, gradient(x, W, scale, True, d_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_ptr + offs, gradient(x, W, True, d_ptr.dtype.element_ty, G), mask=mask)
 
 
 @triton.jit
@@ -99,57 +127,66 @@ def store_zeros(row_ptr, head, body, V, SPLIT: tl.constexpr, G: tl.constexpr):
         tl.store(row_ptr + cols, tl.zeros([G.LANES, 1], row_ptr.dtype.element_ty), mask=ends)
 
 
+@triton.jit
+def load_scalars(ptr, N, scale_ptr, ACC: tl.constexpr, parameters):
+    w = ()
+    for k in tl.static_range(WEIGHTS):
+        w = w + (tl.load(ptr + k * N),)
+    W = Weights(*w)
+    inv_temperature = tl.load(scale_ptr).to(ACC)
+    return Scalars(
+        W.m_s, W.m_t, W.shift, W.w1, W.w0, W.w2, W.w3, W.w4, W.phi, W.log_q, W.log_p,
+        inv_temperature, inv_temperature * LOG2E, parameters,
+    ), W  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
 def row_grad_kernel(
-    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, scalars_ptr, dstudent_ptr,
-    stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
-    stride_d: tl.int64, inner_s, inner_t, V,
+    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, weights_ptr, parameters_ptr,
+    dstudent_ptr, stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64,
+    stride_ti: tl.int64, stride_d: tl.int64, stride_x: tl.int64, row_x, inner_s, inner_t, V,
     LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, SLOPES: tl.constexpr, PHIS: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     # Invariant: every column below V is written by exactly one program, once.
     FILTERED: tl.constexpr = filter_ptr is not None
-    G: tl.constexpr = Geometry(LANES, VEC, ACC, ALIGNED, FILTERED, False)
+    G: tl.constexpr = Geometry(LANES, VEC, ACC, ALIGNED, FILTERED, SLOPES, PHIS)
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
-    scalars_ptr += row
-    shift = tl.load(scalars_ptr + 2 * N)
+    weights_ptr += row
+    shift = tl.load(weights_ptr + 2 * N)
     d_row = dstudent_ptr + row * stride_d
     head, body = cut_row(d_row, V, G)
     if shift == float("inf"):
         store_zeros(d_row, head, body, V, SPLIT, G)
     else:
-        m_s = tl.load(scalars_ptr)
-        m_t = tl.load(scalars_ptr + N)
-        w1 = tl.load(scalars_ptr + 3 * N)
-        w0 = tl.load(scalars_ptr + 4 * N)
-        at_label = tl.load(scalars_ptr + 5 * N)
-        care = tl.load(scalars_ptr + 6 * N)
-        W = Scalars(m_s, m_t, shift, w1, w0)
+        parameters = load_parameters(parameters_ptr, stride_x, row * row_x, PARAMETERS, ACC)
+        W, all_weights = load_scalars(weights_ptr, N, scale_ptr, ACC, parameters)
         label = tl.load(label_ptr + row).to(tl.int32)
-        scale = tl.load(scale_ptr).to(ACC) * LOG2E
-        filter_value = scale
+        filter_value = W.scale
         if FILTERED:
             filter_value = tl.load(filter_ptr).to(ACC)
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
         here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, False)
         d_body = body_pointer(d_row, head, G)
-        if FILTERED or care != 0.0:
-            grad_tiles(here, d_body, W, scale, True, G)
+        # w1 and w3 alone are multiplied with logits
+        if ((REVERSE | ENTROPY) & SLOPES) and (FILTERED or all_weights.care != 0.0):
+            grad_tiles(here, d_body, W, True, G)
         else:
-            grad_tiles(here, d_body, W, scale, False, G)
+            grad_tiles(here, d_body, W, False, G)
         if here.mine:
             offs, mask = vectors(here.picked, body, here.skip, G)
-            grad_part(here.body_ptr, d_body, offs, mask, W, scale, filter_value, G)
+            grad_part(here.body_ptr, d_body, offs, mask, W, filter_value, G)
         if here.is_end:
             offs, mask = vectors(body // G.LANES, body, here.skip, G)
-            grad_part(here.body_ptr, d_body, offs, mask, W, scale, filter_value, G)
+            grad_part(here.body_ptr, d_body, offs, mask, W, filter_value, G)
             cols, ends = end_columns(head, body, here.skip, V, G)
             ends = ends & (cols != label)
-            grad_part(here.ptr, d_row, cols, ends, W, scale, filter_value, G)
+            grad_part(here.ptr, d_row, cols, ends, W, filter_value, G)
             if label >= 0:
-                tl.store(d_row + label, to_output(at_label, d_row.dtype.element_ty))
+                at_label = to_output(all_weights.at_label, d_row.dtype.element_ty)
+                tl.store(d_row + label, at_label)
 
 
 def row_grad(
@@ -157,15 +194,19 @@ def row_grad(
     teacher,
     label,
     inv_temperature,
-    scalars,
+    weights,
     V,
     *,
+    slopes,
+    phis=(),
+    parameters=None,
     filter_value=None,
     out=None,
     splits=None,
 ):
-    """Launch the gradient. student, teacher: rows; scalars [7, N]. Returns [N, columns of student]
-    in the student's dtype.
+    """Launch the gradient. student, teacher: rows; weights [13, N]; slopes, phis: what they are
+    made of (_objective.Program); parameters [P, N], for phis. Returns [N, columns of student] in
+    the student's dtype.
 
     out: where to write it instead, in its own dtype. The logits of either side may be there, if
     they have that dtype: each element is read and written by the same program, in this order.
@@ -179,11 +220,14 @@ def row_grad(
     dstudent[:, V:].zero_()  # truncated columns
     tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.gradient_splits, splits=splits)
     aligned = launch.equally_aligned(student, teacher, student.like(dstudent))
+    parameters, *strides = device.parameter_arguments(parameters if phis else None)
     with launch.on_device(label.device):
         row_grad_kernel[(N, tile.splits)](
-            student.tensor, teacher.tensor, label, inv_temperature, filter_value, scalars, dstudent,
-            *student.strides, *teacher.strides, dstudent.stride(0), student.inner, teacher.inner, V,
+            student.tensor, teacher.tensor, label, inv_temperature, filter_value, weights,
+            parameters, dstudent, *student.strides, *teacher.strides, dstudent.stride(0), *strides,
+            student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
-            ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned,
+            ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned, SLOPES=slopes,
+            PHIS=device.compiled_phis(phis), PARAMETERS=0 if parameters is None else len(parameters),
         )  # fmt: skip
     return dstudent

@@ -1,45 +1,20 @@
 """The O(rows) arithmetic around the kernels that read logits, each in one launch: labels to codes,
-sums to losses and their reduction, sums to the scalars of the gradient. The formulas are those of
-drkl_triton/formulas.py.
+sums to losses and their reduction, sums to the weights of the gradient. The formulas are those of
+drkl_triton/facts.py.
 """
-
-import types
 
 import torch
 import triton
 import triton.language as tl
 
-from .. import formulas
-from . import launch, tuning
+from ..facts import Weights
+from . import device, launch, tuning
+from .device import divided, float16_room, gradient_bound, load_parameters, losses, weights
 from .online_softmax import LOG2E
 from .row_sums import FIELDS, load_sums, merge_parts, store_fields
 from .row_walk import IGNORED, INVALID, NO_LABEL
 
-
-def device_functions(module):
-    """The functions of a module as device functions: copies that see triton.language as ``tl``,
-    each other, and the module's numbers as constants.
-    """
-    names = {"tl": tl, "__name__": module.__name__}
-    for name, value in vars(module).items():
-        if isinstance(value, types.FunctionType):
-            value = types.FunctionType(value.__code__, names, name)
-            value.__annotations__ = getattr(module, name).__annotations__
-            value.__module__ = module.__name__
-            names[name] = triton.jit(value)
-        elif isinstance(value, int | float):
-            names[name] = tl.constexpr(value)
-        elif isinstance(value, type) and issubclass(value, tuple):
-            names[name] = value
-    return types.SimpleNamespace(**names)
-
-
-_DEVICE = device_functions(formulas)
-losses = _DEVICE.losses
-gradient_scalars = _DEVICE.gradient_scalars
-gradient_bound = _DEVICE.gradient_bound
-float16_room = _DEVICE.float16_room
-divided = _DEVICE.divided
+METRICS = 7  # what losses() returns
 
 BLOCK = 128  # rows of a program, a thread each
 PARTIALS = 1024  # sums of programs that are added at a time
@@ -72,8 +47,9 @@ def row_labels_kernel(
 
 @triton.jit(do_not_specialize=["N", "SPLITS"])
 def row_losses_kernel(
-    parts_ptr, label_ptr, inv_temperature_ptr, gamma_ptr, weight_ptr, sums_ptr, fields_ptr,
-    partial_ptr, N, SPLITS, MERGE: tl.constexpr, REDUCE: tl.constexpr, LABELLED: tl.constexpr,
+    parts_ptr, label_ptr, inv_temperature_ptr, parameters_ptr, weight_ptr, sums_ptr, fields_ptr,
+    partial_ptr, N, SPLITS, stride_x: tl.int64, row_x, MERGE: tl.constexpr, REDUCE: tl.constexpr,
+    TERMS: tl.constexpr, PHIS: tl.constexpr, PARAMETERS: tl.constexpr, NEEDS: tl.constexpr,
     METRICS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     N = N.to(tl.int64)
@@ -83,15 +59,13 @@ def row_losses_kernel(
     inv_temperature = tl.load(inv_temperature_ptr).to(ACC)
     if MERGE > 1:
         scale = inv_temperature * LOG2E
-        sums = merge_parts(parts_ptr, rows, N, scale, SPLITS, MERGE, ACC)
+        sums = merge_parts(parts_ptr, rows, N, scale, SPLITS, MERGE, NEEDS, ACC)
         store_fields(sums_ptr, N, rows, mask, sums)
     else:
         sums = load_sums(parts_ptr, N, rows, mask)
-    HAS_GAMMA: tl.constexpr = gamma_ptr is not None
-    gamma = inv_temperature
-    if HAS_GAMMA:
-        gamma = tl.load(gamma_ptr).to(ACC)
-    out = losses(sums, label, inv_temperature, gamma, HAS_GAMMA, LABELLED, METRICS)
+    row = tl.minimum(rows, N - 1) * row_x
+    x = load_parameters(parameters_ptr, stride_x, row, PARAMETERS, ACC)
+    out = losses(sums, label, inv_temperature, x, TERMS, PHIS, NEEDS, METRICS)
     weight = tl.where(label != IGNORED, 1.0, 0.0).to(ACC)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + rows, mask=mask, other=0.0)
@@ -130,32 +104,32 @@ def reduce_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "stride_f"])
-def gradient_scalars_kernel(
-    sums_ptr, label_ptr, inv_temperature_ptr, gamma_ptr, upstream_ptr, weight_ptr, denominator_ptr,
-    table_ptr, inv_room_ptr, N, stride_f: tl.int64, stride_u: tl.int64, LABELLED: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+def weights_kernel(
+    sums_ptr, label_ptr, inv_temperature_ptr, parameters_ptr, upstream_ptr, weight_ptr,
+    denominator_ptr, table_ptr, inv_room_ptr, N, stride_f: tl.int64, stride_u: tl.int64,
+    stride_x: tl.int64, row_x, TERMS: tl.constexpr, PHIS: tl.constexpr, PARAMETERS: tl.constexpr,
+    NEEDS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    N = N.to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < N
     label = tl.load(label_ptr + rows, mask=mask, other=IGNORED)
     inv_temperature = tl.load(inv_temperature_ptr).to(ACC)
     sums = load_sums(sums_ptr, stride_f, rows, mask)
-    HAS_GAMMA: tl.constexpr = gamma_ptr is not None
-    gamma = inv_temperature
-    if HAS_GAMMA:
-        gamma = tl.load(gamma_ptr).to(ACC)
+    row = tl.minimum(rows, N - 1) * row_x
+    x = load_parameters(parameters_ptr, stride_x, row, PARAMETERS, ACC)
     upstream = tl.load(upstream_ptr + rows * stride_u, mask=mask, other=0.0).to(ACC)
     if denominator_ptr is not None:
         upstream = divided(upstream, tl.load(denominator_ptr))
     if weight_ptr is not None:
         upstream *= tl.load(weight_ptr + rows, mask=mask, other=0.0)
     if inv_room_ptr is not None:
-        bound = gradient_bound(sums, label, inv_temperature, gamma, HAS_GAMMA, LABELLED)
+        bound = gradient_bound(sums, label, inv_temperature, x, TERMS, PHIS, NEEDS)
         room = float16_room(bound, upstream)
         upstream *= room
         tl.store(inv_room_ptr + rows, 1 / room, mask=mask)
-    table = gradient_scalars(sums, label, inv_temperature, gamma, upstream, HAS_GAMMA, LABELLED)
-    store_fields(table_ptr, N.to(tl.int64), rows, mask, table)
+    table = weights(sums, label, inv_temperature, x, upstream, TERMS, PHIS, NEEDS)
+    store_fields(table_ptr, N, rows, mask, table)
 
 
 def _grid(N, rows=BLOCK):
@@ -177,17 +151,30 @@ def row_labels(labels, weight, shape, ignore_index, V, device, *, shift, strict)
     return codes
 
 
-def row_losses(
-    parts, label, inv_temperature, gamma, weight, num_items, *, labelled, metrics, reduction
-):
-    """Launch the losses. parts [splits, 9, N] (row_sums); weight [N]; num_items 0-dim.
+def _formulas(program, parameters):
+    """(the arguments of a kernel for the parameters, its flags for the objective)."""
+    parameters, stride, row = device.parameter_arguments(parameters)
+    flags = dict(
+        TERMS=device.compiled(program.terms),
+        PHIS=device.compiled_phis(program.phis),
+        PARAMETERS=0 if parameters is None else len(parameters),
+    )
+    return parameters, (stride, row), flags
 
-    Returns (sums [9, N], the result [N] or 0-dim, its denominator if it has one, fields [6, N] if
+
+def row_losses(
+    parts, label, inv_temperature, parameters, weight, num_items, *, program, needs, metrics,
+    reduction,
+):  # fmt: skip
+    """Launch the losses. parts [splits, 14, N] (row_sums); parameters [P, N] or [P, 1] of the
+    program (_objective.Program); weight [N]; num_items 0-dim.
+
+    Returns (sums [14, N], the result [N] or 0-dim, its denominator if it has one, fields [7, N] if
     ``metrics``).
     """
-    (splits, _, N), acc, device = parts.shape, inv_temperature.dtype, label.device
-    out = lambda *shape: launch.new_output(shape, acc, device)  # noqa: E731
-    sums, fields = parts[0], out(6, N) if metrics else None
+    (splits, _, N), acc, where = parts.shape, inv_temperature.dtype, label.device
+    out = lambda *shape: launch.new_output(shape, acc, where)  # noqa: E731
+    sums, fields = parts[0], out(METRICS, N) if metrics else None
     rows, merge = BLOCK, 1
     if splits > 1:  # few rows, some shares of each for a thread
         sums, merge = out(FIELDS.value, N), tuning.merge_block(splits)
@@ -195,12 +182,14 @@ def row_losses(
     (programs,) = _grid(N, rows)
     reduce = reduction != "none"
     partial = out(2, programs) if reduce else out(N)
+    parameters, strides, formulas = _formulas(program, parameters)
     flags = dict(ACC=launch.TL_DTYPE[acc], num_warps=4)
-    with launch.on_device(device):
+    with launch.on_device(where):
         if N:
             row_losses_kernel[(programs,)](
-                parts, label, inv_temperature, gamma, weight, sums, fields, partial, N, splits,
-                MERGE=merge, REDUCE=reduce, LABELLED=labelled, METRICS=metrics, BLOCK=rows, **flags,
+                parts, label, inv_temperature, parameters, weight, sums, fields, partial, N, splits,
+                *strides, MERGE=merge, REDUCE=reduce, NEEDS=needs, METRICS=metrics, BLOCK=rows,
+                **formulas, **flags,
             )  # fmt: skip
         if not reduce:
             return sums, partial, None, fields
@@ -211,21 +200,22 @@ def row_losses(
     return sums, total, denominator, fields
 
 
-def gradient_table(
-    sums, label, inv_temperature, gamma, upstream, weight=None, denominator=None, *, labelled,
-    inv_room=None,
+def row_weights(
+    sums, label, inv_temperature, parameters, upstream, weight=None, denominator=None, *, program,
+    needs, inv_room=None,
 ):  # fmt: skip
-    """Launch the scalars of the gradient, [7, N]. upstream [N] or 0-dim; weight and denominator as
-    in ``row_losses``. inv_room [N]: each row is multiplied with a power of two that keeps it inside
-    float16, and its inverse is written here.
+    """Launch the weights of the gradient, [13, N] (facts.Weights). upstream [N] or 0-dim; the
+    others as in ``row_losses``. inv_room [N]: each row is multiplied with a power of two that keeps
+    it inside float16, and its inverse is written here.
     """
     N, acc = label.numel(), inv_temperature.dtype
-    table = launch.new_output((7, N), acc, label.device)
+    table = launch.new_output((len(Weights._fields), N), acc, label.device)
+    parameters, strides, formulas = _formulas(program, parameters)
     if N:
         with launch.on_device(label.device):
-            gradient_scalars_kernel[_grid(N)](
-                sums, label, inv_temperature, gamma, upstream, weight, denominator, table, inv_room,
-                N, sums.stride(0), upstream.stride(0) if upstream.dim() else 0, LABELLED=labelled,
-                ACC=launch.TL_DTYPE[acc], BLOCK=BLOCK,
+            weights_kernel[_grid(N)](
+                sums, label, inv_temperature, parameters, upstream, weight, denominator, table,
+                inv_room, N, sums.stride(0), upstream.stride(0) if upstream.dim() else 0, *strides,
+                NEEDS=needs, ACC=launch.TL_DTYPE[acc], BLOCK=BLOCK, **formulas,
             )  # fmt: skip
     return table

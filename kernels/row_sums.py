@@ -1,22 +1,26 @@
-"""Scan each row once for the sums that softmax, RKL and DRKL and their gradients are made of.
+"""Scan each row once for the sums that the losses and their gradients are made of.
 
-    sums[0:6, row] = m_s, d_s, a, h, m_t, d_t   over the columns k != label (online_softmax.py)
-    sums[6:8, row] = s_label, t_label
-    sums[8, row]   = care: 0 where every logit is finite; 1 where one of these columns is -inf, say,
-                     so that the gradient needs a select, too; 2 where the teacher is -inf at one
-                     where the student's logit is not (its mass may have underflowed)
+    sums[0:9, row]   = the state of the columns k != label (online_softmax.py)
+    sums[9:11, row]  = s_label, t_label
+    sums[11, row]    = care: 0 where every logit is finite; 1 where one of these columns is -inf,
+                       say, so that the gradient needs a select, too; 2 where the teacher is -inf at
+                       one where the student's logit is not (its mass may have underflowed)
+    sums[12:14, row] = 0; the place of row_phi.py's sums
 
-Reads 2 N V elements (a row that needs care may be read twice), writes 9 N. With SPLIT every
+Reads 2 N V elements (a row that needs care may be read twice), writes 14 N. With SPLIT every
 program writes the sums of its share and merge_sums_kernel adds them up.
 """
 
 import triton
 import triton.language as tl
 
-from ..formulas import Sums
+from ..facts import Sums
 from . import launch, tuning
 from .online_softmax import (
+    FORWARD,
     LOG2E,
+    REVERSE,
+    TEACHER,
     State,
     add_tile,
     empty_lanes,
@@ -39,7 +43,8 @@ from .row_walk import (
     vectors,
 )
 
-FIELDS: tl.constexpr = tl.constexpr(9)
+FIELDS: tl.constexpr = tl.constexpr(len(Sums._fields))
+STATE: tl.constexpr = tl.constexpr(len(State._fields))
 
 
 @triton.jit
@@ -56,7 +61,7 @@ def add_part(S, care, ptr, offs, mask, scale, filter_value, G: tl.constexpr):
     x = load_pair(ptr, offs, mask, filter_value, G)
     absent = ((x.s == float("-inf")) & mask).to(tl.int32)
     care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(x)), axis=1))
-    return add_tile(S, x, scale, G.ENTROPY, True), care
+    return add_tile(S, x, scale, True, G.NEEDS), care
 
 
 @triton.jit
@@ -90,33 +95,37 @@ def sum_row(here, scale, CAREFUL: tl.constexpr, G: tl.constexpr):
         # from here on no lane is empty
         top_s = S.m_s * 0 + tl.max(S.m_s, axis=0)
         top_t = S.m_t * 0 + tl.max(S.m_t, axis=0)
-        S = move_maxima(S, top_s, top_t, scale, G.ENTROPY)
+        S = move_maxima(S, top_s, top_t, scale, G.NEEDS)
         # two tiles at a time: their loads wait together, and what a lane costs is halved
         for i in range(first, stop - 1, 2):
             x = beside(load_whole_pair(here, i, G), load_whole_pair(here, i + 1, G))
-            S = add_tile(S, x, scale, G.ENTROPY, False)
+            S = add_tile(S, x, scale, False, G.NEEDS)
         first += (stop - first) // 2 * 2
     for i in range(first, stop):
         x = load_whole_pair(here, i, G)
-        S = add_tile(S, x, scale, G.ENTROPY, CAREFUL)
+        S = add_tile(S, x, scale, CAREFUL, G.NEEDS)
         if CAREFUL and not G.FILTERED:
             care = tl.maximum(care, tl.max(is_missing(x), axis=1))
-    S = merge_lanes(S, scale, G.ENTROPY)
+    S = merge_lanes(S, scale, G.NEEDS)
     care = tl.max(care, axis=0)
     if CAREFUL:
         care = tl.maximum(care, 1)
     else:
-        # an infinite logit makes a NaN or an infinity of `a`: 0 * inf, e * inf, inf - inf
+        # An infinite logit makes a NaN or an infinity of these: 0 * inf, e * inf, inf - inf. What
+        # sums none of them needs no care.
         finite = (tl.abs(S.a) < float("inf")) & (tl.abs(S.h) < float("inf"))
+        finite = finite & (tl.abs(S.b) < float("inf")) & (tl.abs(S.g) < float("inf"))
         care = tl.where(finite, care, 1)
     return S, care
 
 
 @triton.jit
 def store_state(ptr, stride_f, S, care):
-    for k in tl.static_range(6):
+    for k in tl.static_range(STATE):
         tl.store(ptr + k * stride_f, S[k])
-    tl.store(ptr + 8 * stride_f, care.to(S.m_s.dtype))
+    tl.store(ptr + (STATE + 2) * stride_f, care.to(S.m_s.dtype))
+    for k in tl.static_range(STATE + 3, FIELDS):
+        tl.store(ptr + k * stride_f, S.m_s * 0)
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -125,12 +134,12 @@ def row_sums_kernel(
     stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
     inner_s, inner_t, V,
     LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr, NEEDS: tl.constexpr,
 ):  # fmt: skip
     # Invariant: the lanes' states together hold exactly the columns walked so far, the label's
     # never. The last of a row's shares has the label's logits.
     FILTERED: tl.constexpr = filter_ptr is not None
-    G: tl.constexpr = Geometry(LANES, VEC, ACC, ALIGNED, FILTERED, ENTROPY)
+    G: tl.constexpr = Geometry(LANES, VEC, ACC, ALIGNED, FILTERED, NEEDS)
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
@@ -147,8 +156,8 @@ def row_sums_kernel(
         here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, True)
         if here.is_end:
             x = load_pair(here.ptr, label, label >= 0, filter_value, G)
-            tl.store(sums_ptr + 6 * N, x.s)
-            tl.store(sums_ptr + 7 * N, x.t)
+            tl.store(sums_ptr + STATE * N, x.s)
+            tl.store(sums_ptr + (STATE + 1) * N, x.t)
 
         care = 1  # FILTERED: a teacher with -inf is what it is for
         if not FILTERED:
@@ -164,22 +173,19 @@ def row_sums_kernel(
 
 @triton.jit
 def load_sums(ptr, stride_f, rows, mask):
-    ptr += rows
-    return Sums(
-        tl.load(ptr, mask=mask, other=0.0),
-        tl.load(ptr + stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 2 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 3 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 4 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 5 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 6 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 7 * stride_f, mask=mask, other=0.0),
-        tl.load(ptr + 8 * stride_f, mask=mask, other=0.0),
-    )
+    fields = ()
+    for k in tl.static_range(FIELDS):
+        if mask is None:
+            fields = fields + (tl.load(ptr + k * stride_f + rows),)
+        else:
+            fields = fields + (tl.load(ptr + k * stride_f + rows, mask=mask, other=0.0),)
+    return Sums(*fields)
 
 
 @triton.jit
-def merge_parts(parts_ptr, row, N, scale, SPLITS, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def merge_parts(
+    parts_ptr, row, N, scale, SPLITS, BLOCK: tl.constexpr, NEEDS: tl.constexpr, ACC: tl.constexpr
+):
     """The sums of one row [1] from those of its shares; the label's logits come from the last,
     which alone has them.
     """
@@ -188,12 +194,14 @@ def merge_parts(parts_ptr, row, N, scale, SPLITS, BLOCK: tl.constexpr, ACC: tl.c
     x = load_sums(parts_ptr, N, part.to(tl.int64) * FIELDS * N + row[None, :], mask)
     floor, _ = empty_lanes(1, ACC)
     m_s, m_t = tl.where(mask, x.m_s, floor), tl.where(mask, x.m_t, floor)
-    S = merge_lanes(State(m_s, x.d_s, x.a, x.h, m_t, x.d_t), scale, True)
+    S = State(m_s, x.d_s, x.a, x.h, m_t, x.d_t, x.b, x.g, x.c)
+    S = merge_lanes(S, scale, NEEDS)
     last = parts_ptr + (SPLITS - 1) * FIELDS * N + row
-    s_label = tl.load(last + 6 * N, mask=row < N, other=0.0)
-    t_label = tl.load(last + 7 * N, mask=row < N, other=0.0)
+    s_label = tl.load(last + STATE * N, mask=row < N, other=0.0)
+    t_label = tl.load(last + (STATE + 1) * N, mask=row < N, other=0.0)
     care = tl.max(x.care, axis=0)
-    return Sums(S.m_s, S.d_s, S.a, S.h, S.m_t, S.d_t, s_label, t_label, care)
+    none = s_label * 0
+    return Sums(*S, s_label, t_label, care, none, none)
 
 
 @triton.jit
@@ -204,12 +212,13 @@ def store_fields(ptr, stride_f, rows, mask, fields):
 
 @triton.jit(do_not_specialize=["N", "SPLITS"])
 def merge_sums_kernel(
-    parts_ptr, scale_ptr, sums_ptr, N, SPLITS, BLOCK: tl.constexpr, ACC: tl.constexpr
+    parts_ptr, scale_ptr, sums_ptr, N, SPLITS, BLOCK: tl.constexpr, NEEDS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     N = N.to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    sums = merge_parts(parts_ptr, rows, N, scale, SPLITS, BLOCK, ACC)
+    sums = merge_parts(parts_ptr, rows, N, scale, SPLITS, BLOCK, NEEDS, ACC)
     store_fields(sums_ptr, N, rows, rows < N, sums)
 
 
@@ -220,13 +229,14 @@ def row_sum_parts(
     inv_temperature,
     V,
     *,
+    needs,
     filter_value=None,
-    entropy=False,
     splits=None,
 ):
     """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
-    [N]; inv_temperature 0-dim; filter_value 0-dim: leave out the columns where the teacher's logit
-    is at most this. Returns the sums of every program's share, [splits, 9, N].
+    [N]; inv_temperature 0-dim; needs: the bits of facts.py that say what is summed; filter_value
+    0-dim: leave out the columns where the teacher's logit is at most this. Returns the sums of
+    every program's share, [splits, 14, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.scan_splits, splits=splits)
@@ -238,14 +248,14 @@ def row_sum_parts(
                 *student.strides, *teacher.strides, student.inner, teacher.inner, V,
                 LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
                 ALIGNED=launch.equally_aligned(student, teacher),
-                ACC=launch.TL_DTYPE[acc], ENTROPY=entropy,
+                ACC=launch.TL_DTYPE[acc], NEEDS=needs,
             )  # fmt: skip
     return parts
 
 
-def row_sums(student, teacher, label, inv_temperature, V, **options):
-    """``row_sum_parts``, merged: [9, N]."""
-    parts = row_sum_parts(student, teacher, label, inv_temperature, V, **options)
+def row_sums(student, teacher, label, inv_temperature, V, *, needs, **options):
+    """``row_sum_parts``, merged: [14, N]."""
+    parts = row_sum_parts(student, teacher, label, inv_temperature, V, needs=needs, **options)
     splits, acc = parts.shape[0], parts.dtype
     if splits == 1 or label.numel() == 0:
         return parts[0]
@@ -253,6 +263,6 @@ def row_sums(student, teacher, label, inv_temperature, V, **options):
     with launch.on_device(label.device):
         merge_sums_kernel[(label.numel(),)](
             parts, inv_temperature, sums, label.numel(), splits, num_warps=1,
-            BLOCK=tuning.merge_block(splits), ACC=launch.TL_DTYPE[acc],
+            BLOCK=tuning.merge_block(splits), NEEDS=needs, ACC=launch.TL_DTYPE[acc],
         )  # fmt: skip
     return sums

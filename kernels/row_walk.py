@@ -23,12 +23,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .. import formulas
+from .. import facts
 
 # Labels that are no column.
-NO_LABEL: tl.constexpr = tl.constexpr(formulas.NO_LABEL)
-IGNORED: tl.constexpr = tl.constexpr(formulas.IGNORED)
-INVALID: tl.constexpr = tl.constexpr(formulas.INVALID)
+NO_LABEL: tl.constexpr = tl.constexpr(facts.NO_LABEL)
+IGNORED: tl.constexpr = tl.constexpr(facts.IGNORED)
+INVALID: tl.constexpr = tl.constexpr(facts.INVALID)
+TEACHER: tl.constexpr = tl.constexpr(facts.TEACHER)
 # Bytes of the line that a row's body starts at. A GPU's tensors start at such a line; a CPU's start
 # at 64 bytes, and in the interpreter the same numbers are to give the same bits wherever they lie.
 LINE: tl.constexpr = tl.constexpr(64 if os.environ.get("TRITON_INTERPRET") == "1" else 128)
@@ -42,7 +43,8 @@ class Geometry(NamedTuple):
     ACC: tl.constexpr  # the accumulator's dtype
     ALIGNED: tl.constexpr
     FILTERED: tl.constexpr = tl.constexpr(False)  # columns are left out by the teacher's logit
-    ENTROPY: tl.constexpr = tl.constexpr(False)  # h is summed
+    NEEDS: tl.constexpr = tl.constexpr(0)  # what is summed, or what the gradient is made of
+    PHIS: tl.constexpr = tl.constexpr(())  # the pointwise terms (facts.pointwise)
 
 
 class Pair(NamedTuple):
@@ -222,7 +224,9 @@ def on_support(x, filter_value, G: tl.constexpr):
 def load_pair(ptr, offs, mask, filter_value, G: tl.constexpr):
     """Both tiles in the accumulator's dtype; a masked column is -inf in both, which is absent."""
     s = load_tile(ptr.s + offs, mask, float("-inf"), G)
-    t = load_tile(ptr.t + offs, mask, float("-inf"), G)
+    t = s
+    if TEACHER & G.NEEDS:
+        t = load_tile(ptr.t + offs, mask, float("-inf"), G)
     return on_support(Pair(s, t), filter_value, G)
 
 
@@ -230,8 +234,11 @@ def load_pair(ptr, offs, mask, filter_value, G: tl.constexpr):
 def load_whole_pair(here, i, G: tl.constexpr):
     """The share's i-th tile but ``picked``: those from there on move up."""
     tile = i + (i >= here.picked).to(tl.int32)
-    x = Pair(load_vectors(here.body_ptr.s, tile, G), load_vectors(here.body_ptr.t, tile, G))
-    return on_support(x, here.filter_value, G)
+    s = load_vectors(here.body_ptr.s, tile, G)
+    t = s
+    if TEACHER & G.NEEDS:
+        t = load_vectors(here.body_ptr.t, tile, G)
+    return on_support(Pair(s, t), here.filter_value, G)
 
 
 @triton.jit

@@ -2,20 +2,24 @@
 
 The ops are what ``torch.compile`` sees: opaque calls with fake implementations. They take the
 logits as they come and find the rows inside, so that strides never end in a compiled graph. None of
-them writes to its inputs or waits for the device.
-
-torch.compile traces nothing in this file: Dynamo skips every path with "triton/backends" in it, and
-"drkl_triton/backends.py" is one. So what is traced (choosing a backend, say) stands elsewhere.
+them writes to its inputs or waits for the device. Tensors come as one list, in the order of a
+NamedTuple here; an objective comes as its key and its parameters (_objective.py).
 """
+
+from __future__ import annotations
 
 import contextlib
 import sys
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import slices, tiled
+from . import facts, slices, tiled
 from ._layout import rows_of
+from ._loss import Loss
+from ._objective import program
 from .algebra import SUMS
 
 # A copy of the package under another name (from Hugging Face's Hub, say) registers its own ops.
@@ -50,7 +54,7 @@ def row_labels(like, labels, weight, ignore_index, V, shift, strict, backend):
     """int64 [...]: the column to take out of each row's sums, or NO_LABEL, IGNORED, INVALID.
 
     ``like`` [..., V] gives shape and device. shift: row t is scored with label and weight t + 1.
-    strict (DRKL): a label outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise
+    strict (the objective needs labels): a label outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise
     such a row has NO_LABEL.
     """
     if strict and labels is not None and labels.device.type == "cpu":
@@ -87,84 +91,78 @@ def _as_written(filter_value, logits):
     return filter_value.to(logits.dtype).to(filter_value.dtype)
 
 
+class Inputs(NamedTuple):
+    """Of the losses from logits."""
+
+    student: Tensor  # [..., V]
+    teacher: Tensor | None
+    label: Tensor  # int64 [N]
+    inv_temperature: Tensor  # 0-dim, as filter_value and num_items are
+    parameters: Tensor | None  # [P, N] or [P, 1], of the objective
+    filter_value: Tensor | None
+    weight: Tensor | None  # [N]
+    num_items: Tensor | None
+
+
+def _logits_loss(x, V, objective, needs, backend):
+    teacher = x.student if x.teacher is None else x.teacher
+    return Loss(
+        _implementation(backend), program(objective), needs, x.inv_temperature,
+        _as_written(x.filter_value, x.teacher), V,
+    ), rows_of(x.student), rows_of(teacher)  # fmt: skip
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? filter_value, Tensor? weight, Tensor? num_items, SymInt V, bool labelled, "
-    "bool metrics, str reduction, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor?[] inputs, SymInt V, str objective, int needs, bool metrics, str reduction, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def divergence(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, num_items, V, labelled,
-    metrics, reduction, backend,
-):  # fmt: skip
-    """(sums [9, N], the loss [N] or reduced, the denominator of a mean without num_items, the
-    fields of RowMetrics [6, N]); of the last two no elements where there is none. label, weight
-    [N].
+def divergence(inputs, V, objective, needs, metrics, reduction, backend):
+    """(sums [14, N], the loss [N] or reduced, the denominator of a mean without num_items, the
+    fields of RowMetrics [7, N]); of the last two no elements where there is none. needs: the sums
+    (bits of facts.py) of objective and metrics.
     """
-    launchers = _implementation(backend)
-    parts = launchers.row_sum_parts(
-        rows_of(student),
-        rows_of(teacher),
-        label,
-        inv_temperature,
-        V,
-        filter_value=_as_written(filter_value, teacher),
-        entropy=metrics,
-    )
-    sums, loss, denominator, fields = launchers.row_losses(
-        parts, label, inv_temperature, gamma, weight, num_items,
-        labelled=labelled, metrics=metrics, reduction=reduction,
+    x = Inputs(*inputs)
+    loss, student, teacher = _logits_loss(x, V, objective, needs, backend)
+    parts = loss.sum_parts(student, teacher, x.label, x.parameters)
+    sums, result, denominator, fields = loss.launchers.row_losses(
+        parts, x.label, x.inv_temperature, x.parameters, x.weight, x.num_items,
+        program=loss.program, needs=needs, metrics=metrics, reduction=reduction,
     )  # fmt: skip
-    if reduction != "mean" or num_items is not None:
+    if reduction != "mean" or x.num_items is not None:
         denominator = sums.new_empty(0)
-    return sums, loss, denominator, sums.new_empty(0) if fields is None else fields
+    return sums, result, denominator, sums.new_empty(0) if fields is None else fields
 
 
 @divergence.register_fake
-def _(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, num_items, V, labelled,
-    metrics, reduction, backend,
-):  # fmt: skip
-    N, empty = label.numel(), inv_temperature.new_empty
-    denominator = empty(()) if reduction == "mean" and num_items is None else empty(0)
+def _(inputs, V, objective, needs, metrics, reduction, backend):
+    x = Inputs(*inputs)
+    N, empty = x.label.numel(), x.inv_temperature.new_empty
+    denominator = empty(()) if reduction == "mean" and x.num_items is None else empty(0)
     loss = empty((N,) if reduction == "none" else ())
-    return empty((SUMS, N)), loss, denominator, empty((6, N) if metrics else 0)
+    return empty((SUMS, N)), loss, denominator, empty((len(facts.METRIC_FIELDS), N) if metrics else 0)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? filter_value, Tensor? weight, Tensor? denominator, Tensor sums, Tensor upstream, "
-    "SymInt V, bool labelled, str backend) -> Tensor",
+    schema="(Tensor?[] inputs, Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, "
+    "str objective, int needs, str backend) -> Tensor",
 )
-def divergence_backward(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, sums,
-    upstream, V, labelled, backend,
-):  # fmt: skip
+def divergence_backward(inputs, denominator, sums, upstream, V, objective, needs, backend):
     """The gradient of the student's logits, contiguous. upstream [N] or 0-dim."""
-    launchers = _implementation(backend)
-    table = launchers.gradient_table(
-        sums, label, inv_temperature, gamma, upstream, weight, denominator, labelled=labelled
+    x = Inputs(*inputs)
+    loss, student, teacher = _logits_loss(x, V, objective, needs, backend)
+    out = loss.gradient(
+        student, teacher, x.label, x.parameters, sums, upstream, x.weight, denominator
     )
-    out = launchers.row_grad(
-        rows_of(student),
-        rows_of(teacher),
-        label,
-        inv_temperature,
-        table,
-        V,
-        filter_value=_as_written(filter_value, teacher),
-    )
-    return out.view(student.shape)
+    return out.view(x.student.shape)
 
 
 @divergence_backward.register_fake
-def _(
-    student, teacher, label, inv_temperature, gamma, filter_value, weight, denominator, sums,
-    upstream, V, labelled, backend,
-):  # fmt: skip
+def _(inputs, denominator, sums, upstream, V, objective, needs, backend):
+    student = Inputs(*inputs).student
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
@@ -208,79 +206,98 @@ def _(logits, grad, inv_temperature, state, log, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+class LinearInputs(NamedTuple):
+    """Of the losses from hidden states, which have either the teacher's hidden states and matrix or
+    its logits, or no teacher.
+    """
+
+    student_hidden: Tensor  # [..., H]
+    student_weight: Tensor  # [V, H]
+    student_bias: Tensor | None
+    student_scale: Tensor | None
+    student_softcap: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_scale: Tensor | None
+    teacher_softcap: Tensor | None
+    teacher_logits: Tensor | None
+    label: Tensor
+    inv_temperature: Tensor
+    parameters: Tensor | None
+    filter_value: Tensor | None
+
+    @property
+    def student(self):
+        return self[:5]
+
+    @property
+    def teacher(self):
+        return self[5:10]
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::linear",
     mutates_args=(),
-    schema="(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
-    "Tensor? student_scale, Tensor? student_softcap, ScalarType student_dtype, "
-    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? teacher_scale, Tensor? teacher_softcap, ScalarType? teacher_dtype, "
-    "Tensor? teacher_logits, Tensor label, Tensor inv_temperature, Tensor? gamma, "
-    "Tensor? filter_value, Tensor? upstream, Tensor? sums, SymInt V, bool labelled, bool entropy, "
-    "bool[] wanted, bool may_skip, SymInt? chunk_bytes, str backend) -> Tensor[]",
+    schema="(Tensor?[] inputs, Tensor? upstream, Tensor? sums, ScalarType student_dtype, "
+    "ScalarType? teacher_dtype, SymInt V, str objective, int needs, bool[] wanted, bool may_skip, "
+    "SymInt? chunk_bytes, str backend) -> Tensor[]",
 )
 def linear(
-    student_hidden, student_weight, student_bias, student_scale, student_softcap, student_dtype,
-    teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, teacher_dtype,
-    teacher_logits, label, inv_temperature, gamma, filter_value, upstream, sums, V, labelled,
-    entropy, wanted, may_skip, chunk_bytes, backend,
+    inputs, upstream, sums, student_dtype, teacher_dtype, V, objective, needs, wanted, may_skip,
+    chunk_bytes, backend,
 ):  # fmt: skip
-    """[sums [9, N], d hidden, d weight, d bias] (slices.walk), in the accumulator's dtype; with
+    """[sums [14, N], d hidden, d weight, d bias] (slices.walk), in the accumulator's dtype; with
     ``sums`` given the first, and what is not ``wanted`` of the others, has no elements.
 
     The dtypes are those of the matrix products: autocast's, where it is on.
     """
+    x = LinearInputs(*inputs)
 
     def head(hidden, weight, bias, scale, softcap, dtype):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return slices.Head(hidden.to(dtype), weight.to(dtype), bias, scale, softcap)
 
-    teacher = teacher_logits
-    if teacher is None:
-        teacher = head(
-            teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap,
-            teacher_dtype,
-        )  # fmt: skip
-    with _no_autocast(label.device.type):
+    teacher = x.teacher_logits
+    if x.teacher_hidden is not None:
+        teacher = head(*x.teacher, teacher_dtype)
+    with _no_autocast(x.label.device.type):
         found, dhidden, *others = slices.walk(
-            slices.Loss(
-                _implementation(backend), inv_temperature, gamma,
-                _as_written(filter_value, teacher_logits), V, labelled, entropy,
+            Loss(
+                _implementation(backend), program(objective), needs, x.inv_temperature,
+                _as_written(x.filter_value, x.teacher_logits), V,
             ),  # fmt: skip
-            head(
-                student_hidden, student_weight, student_bias, student_scale, student_softcap,
-                student_dtype,
-            ),
+            head(*x.student, student_dtype),
             teacher,
-            label,
+            x.label,
+            x.parameters,
             upstream,
             sums,
             slices.Wanted(*wanted),
             may_skip,
-            chunk_bytes or slices.default_chunk_bytes(label.device),
+            chunk_bytes or slices.default_chunk_bytes(x.label.device),
         )  # fmt: skip
-    nothing = inv_temperature.new_empty(0)
+    nothing = x.inv_temperature.new_empty(0)
     if dhidden is not None:
-        dhidden = dhidden.view(student_hidden.shape)
+        dhidden = dhidden.view(x.student_hidden.shape)
     out = [None if sums is not None else found, dhidden, *others]
-    return [nothing.clone() if x is None else x for x in out]
+    return [nothing.clone() if y is None else y for y in out]
 
 
 @linear.register_fake
 def _(
-    student_hidden, student_weight, student_bias, student_scale, student_softcap, student_dtype,
-    teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, teacher_dtype,
-    teacher_logits, label, inv_temperature, gamma, filter_value, upstream, sums, V, labelled,
-    entropy, wanted, may_skip, chunk_bytes, backend,
+    inputs, upstream, sums, student_dtype, teacher_dtype, V, objective, needs, wanted, may_skip,
+    chunk_bytes, backend,
 ):  # fmt: skip
+    x = LinearInputs(*inputs)
     shapes = [
-        (SUMS, label.numel()) if sums is None else (0,),
+        (SUMS, x.label.numel()) if sums is None else (0,),
         *(
-            x.shape if want and upstream is not None else (0,)
-            for x, want in zip((student_hidden, student_weight, student_bias), wanted, strict=True)
+            y.shape if want and upstream is not None else (0,)
+            for y, want in zip(x.student[:3], wanted, strict=True)
         ),
     ]
-    return [inv_temperature.new_empty(shape) for shape in shapes]
+    return [x.inv_temperature.new_empty(shape) for shape in shapes]
 
 
 def count_flops():
@@ -295,15 +312,17 @@ def count_flops():
             registry.setdefault(op, _linear_flops)
 
 
-def _linear_flops(*args, out_val=None, **kwargs):
+def _linear_flops(
+    inputs, upstream, sums, student_dtype, teacher_dtype, V, objective, needs, wanted, *args,
+    out_val=None, **kwargs,
+):  # fmt: skip
     """Of the matrix products: both models' logits, d hidden and d weight."""
-    hidden, teacher_hidden = args[0], args[6]
-    upstream, sums, V, wanted = args[17], args[18], args[19], args[22]
+    x = LinearInputs(*inputs)
     products = (sums is None or upstream is not None) + sum(wanted[:2]) * (upstream is not None)
-    width = hidden.shape[-1] * products
-    if teacher_hidden is not None:
-        width += teacher_hidden.shape[-1]
-    return 2 * (hidden.numel() // hidden.shape[-1]) * V * width
+    width = x.student_hidden.shape[-1] * products
+    if x.teacher_hidden is not None:
+        width += x.teacher_hidden.shape[-1]
+    return 2 * x.label.numel() * V * width
 
 
 @torch.library.custom_op(

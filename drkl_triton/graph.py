@@ -1,0 +1,217 @@
+"""The ``torch.autograd.Function``s. Forward keeps O(rows) beside its inputs and backward recomputes
+from the logits; LinearMeanFunction alone keeps its gradients instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _reduction, facts, ops, tiled
+from ._objective import program
+from .ops import Inputs, LinearInputs
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Passes a gradient on and raises when it is differentiated.
+
+    ``once_differentiable`` alone would return a gradient that is quietly cut from the graph where
+    the upstream gradient is a constant; a penalty on it would then train nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        raise RuntimeError(
+            "second derivatives of drkl_triton's functions are not implemented; drop "
+            "create_graph=True, or use "
+            "drkl_triton.reference, which is plain differentiable PyTorch"
+        )
+
+
+def _first_order(grad: Tensor, *sources: Tensor) -> Tensor:
+    if (
+        not torch.compiler.is_compiling() and torch.is_grad_enabled()
+    ):  # only under create_graph=True
+        return _SecondDerivative.apply(grad, *sources)
+    return grad
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, which refuses what was made under torch.inference_mode(): of such
+    a tensor an ordinary one over the same memory is saved, so that hooks see it and backward frees
+    it. It has no version to watch.
+    """
+    if not torch.compiler.is_compiling():
+        tensors = [_ordinary(x) if x is not None and x.is_inference() else x for x in tensors]
+    ctx.save_for_backward(*tensors)
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=x.dtype, device=x.device)
+        return alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+class Call(NamedTuple):
+    """What the losses from logits depend on besides tensors."""
+
+    V: int
+    objective: str
+    needs: int
+    metrics: bool
+    reduction: str
+    backend: str
+
+
+class DivergenceFunction(torch.autograd.Function):
+    """A loss of logits: (the loss, [N] or reduced, and the fields of RowMetrics [7, N], or
+    nothing). The tensors are those of ops.Inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None):
+        sums, loss, denominator, fields = ops.divergence(list(tensors), *call)
+        x = Inputs(*tensors)
+        if call.reduction != "mean":
+            denominator = None
+        elif x.num_items is not None:
+            denominator = x.num_items
+        _save(ctx, *tensors, denominator, sums)
+        ctx.call = call
+        ctx.mark_non_differentiable(fields)
+        return loss, fields
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, unused: Tensor):
+        dstudent = None
+        if ctx.needs_input_grad[1]:
+            # once: activation checkpointing gives them out once
+            *tensors, denominator, sums = ctx.saved_tensors
+            call = ctx.call
+            with torch.no_grad():
+                dstudent = ops.divergence_backward(
+                    tensors, denominator, sums, upstream.to(sums.dtype), call.V, call.objective,
+                    call.needs, call.backend,
+                )  # fmt: skip
+            dstudent = _first_order(dstudent, tensors[0], upstream)
+        return None, dstudent, *[None] * (len(Inputs._fields) - 1)
+
+
+class SoftmaxFunction(torch.autograd.Function):
+    """softmax or log_softmax over the last dimension."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, inv_temperature: Tensor, log: bool, backend: str
+    ) -> Tensor:
+        y, state = ops.softmax(logits, inv_temperature, log, backend)
+        _save(ctx, logits, inv_temperature, state)
+        ctx.options = (log, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        logits, inv_temperature, state = ctx.saved_tensors
+        dlogits = None
+        if ctx.needs_input_grad[0]:
+            with torch.no_grad():
+                dlogits = ops.softmax_backward(
+                    logits, grad, inv_temperature, state, *ctx.options
+                )
+            dlogits = _first_order(dlogits, logits, grad)
+        return dlogits, None, None, None
+
+
+class LinearCall(NamedTuple):
+    """What the losses from hidden states depend on besides tensors."""
+
+    student_dtype: torch.dtype  # of the product
+    teacher_dtype: torch.dtype | None
+    V: int
+    objective: str
+    needs: int
+    wanted: tuple[bool, bool, bool]
+    may_skip: bool
+    chunk_bytes: int | None
+    backend: str
+
+
+def _linear(call: LinearCall, tensors, upstream=None, sums=None):
+    call = call._replace(wanted=list(call.wanted))
+    return ops.linear(list(tensors), upstream, sums, *call)
+
+
+def _row_losses(call: LinearCall, tensors, sums: Tensor) -> Tensor:
+    """The fields of RowMetrics [7, N], of which the loss is the first."""
+    x, objective = LinearInputs(*tensors), program(call.objective)
+    rows = tiled.formula_arguments(sums, x.label, x.inv_temperature, x.parameters)
+    return torch.stack(facts.losses(*rows, objective.terms, objective.phis, call.needs, True))
+
+
+class LinearFunction(torch.autograd.Function):
+    """Per-row losses from hidden states: the loss [N] and the fields of RowMetrics [7, N]. Backward
+    makes the logits again. The tensors, here and below, are those of ops.LinearInputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, *tensors: Tensor | None):
+        sums, *_ = _linear(call, tensors)
+        fields = _row_losses(call, tensors, sums)
+        _save(ctx, *tensors, sums)
+        ctx.call = call
+        ctx.mark_non_differentiable(fields)
+        return fields[0].clone(), fields
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, unused: Tensor):
+        *tensors, sums = ctx.saved_tensors
+        call, student = ctx.call, tensors[:3]
+        with torch.no_grad():
+            _, *grads = _linear(call, tensors, grad_loss.to(sums.dtype), sums)
+            grads = [
+                g.to(x.dtype) if want else None
+                for g, x, want in zip(grads, student, call.wanted, strict=True)
+            ]
+        sources = [x for x in student if x is not None]
+        grads = [None if g is None else _first_order(g, *sources, grad_loss) for g in grads]
+        return None, *grads, *[None] * (len(LinearInputs._fields) - 3)
+
+
+class LinearMeanFunction(torch.autograd.Function):
+    """The reduced loss from hidden states, with the gradients made in forward: it, and the fields
+    of RowMetrics [7, N]. After the tensors of LinearInputs come the weights and the denominator of
+    ``_reduction.total``, and its derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, *tensors: Tensor | None):
+        *tensors, weights, denominator, upstream = tensors
+        sums, *grads = _linear(call, tensors, upstream)
+        fields = _row_losses(call, tensors, sums)
+        reduced = _reduction.total(fields[0], weights, denominator)
+        # what has a gradient, for _first_order; the rest is not needed any more
+        student = tensors[:3]
+        sources = [x for x, want in zip(student, call.wanted, strict=True) if want]
+        _save(ctx, *grads, *sources)
+        ctx.dtypes = [None if x is None else x.dtype for x in student]
+        ctx.wanted = call.wanted
+        ctx.mark_non_differentiable(fields)
+        return reduced, fields
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, unused: Tensor):
+        saved = ctx.saved_tensors
+        grads, sources = saved[:3], saved[3:]
+        with torch.no_grad():
+            grads = [
+                ops.scaled(g, grad.to(g.dtype), dtype) if want else None
+                for g, dtype, want in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
+            ]
+        grads = [None if g is None else _first_order(g, *sources, grad) for g in grads]
+        return None, *grads, *[None] * len(LinearInputs._fields)

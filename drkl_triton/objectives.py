@@ -1,0 +1,270 @@
+"""The divergences, and what they are written with.
+
+An :class:`Objective` is a sum of terms, each a divergence with its parameters and a weight:
+
+    objective = 0.9 * objectives.drkl(gamma=0.5) + 0.1 * objectives.cross_entropy()
+    loss = drkl_triton.divergence(objective, student_logits, teacher_logits, labels)
+
+All terms come out of the same scan of the logits and the same gradient. Divergences are of two
+kinds:
+
+- *separable* ones are functions of a few numbers a row, its :class:`Facts`, and say how they move
+  with them, in :class:`Slopes`;
+- *pointwise* ones are a sum over the columns of phi(log q_k, log p_k), and give phi and its
+  derivative by log q_k. They read the logits once more in the forward pass.
+
+Both can be written outside of this package, with :func:`separable` and :func:`pointwise`: the body
+may use arithmetic, comparisons, other such functions and ``tl.exp log where maximum minimum abs``,
+and runs as it stands in PyTorch and in Triton kernels. :func:`check` compares slopes with float64
+derivatives.
+
+Notation: q, p are the student's and the teacher's distributions, y is the label, b_q = (q_y, 1 -
+q_y), and q^ is q without column y, renormalised; b_p and p^ likewise.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._objective import Formula, Objective, check, pointwise, separable
+from .facts import ABSENT, INF, Facts, Slopes, target_kl, times, tl, whole_entropy
+
+__all__ = [
+    "Facts",
+    "Formula",
+    "Objective",
+    "Slopes",
+    "alpha_beta",
+    "check",
+    "cross_entropy",
+    "dkd",
+    "drkl",
+    "entropy",
+    "forward_kl",
+    "gated_kl",
+    "js_divergence",
+    "mixed_kl",
+    "pointwise",
+    "reverse_kl",
+    "separable",
+    "skew_kl",
+    "skew_reverse_kl",
+    "symmetric_kl",
+    "target_kl",
+    "times",
+    "tl",
+    "total_variation",
+    "z_loss",
+]
+
+
+@separable
+def reverse_kl(f):
+    """KL(q || p) = KL(b_q || b_p) + (1 - q_y) KL(q^ || p^)."""
+    rest = tl.exp(f.log_rest)
+    u = times(tl.exp(f.log_q + f.log_rest), f.u - f.v - f.qp)
+    return Slopes(target_kl(f) + times(rest, f.qp), u=u, qp=rest)
+
+
+@separable(labels=True, positive=("gamma",))
+def drkl(f, gamma=0.5):
+    """KL(b_q || b_p) + gamma KL(q^ || p^): our reading of Equation 9 of arXiv 2604.00223 (Luong,
+    Tran, Chen, "Diversity-Aware Reverse Kullback-Leibler Divergence for Large Language Model
+    Distillation").
+    """
+    u = times(tl.exp(f.log_q + f.log_rest), f.u - f.v)
+    return Slopes(target_kl(f) + times(gamma, f.qp), u=u, qp=gamma)
+
+
+def teacher_target_kl(f):
+    """KL(b_p || b_q)."""
+    at, rest = f.log_p - f.log_q, f.log_p_rest - f.log_rest
+    return times(tl.exp(f.log_p), at) + times(tl.exp(f.log_p_rest), rest)
+
+
+@separable
+def forward_kl(f):
+    """KL(p || q) = KL(b_p || b_q) + (1 - p_y) KL(p^ || q^)."""
+    rest = tl.exp(f.log_p_rest)
+    loss = teacher_target_kl(f) + times(rest, f.pq)
+    return Slopes(loss, log_q=-tl.exp(f.log_p), log_rest=-rest, pq=rest)
+
+
+@separable(labels=True, positive=("alpha", "beta"))
+def dkd(f, alpha=1.0, beta=8.0):
+    """alpha KL(b_p || b_q) + beta KL(p^ || q^), decoupled knowledge distillation (arXiv
+    2203.08679); the defaults are that paper's for most of its pairs.
+    """
+    p, rest = tl.exp(f.log_p), tl.exp(f.log_p_rest)
+    loss = alpha * teacher_target_kl(f) + times(beta, f.pq)
+    return Slopes(loss, log_q=-alpha * p, log_rest=-alpha * rest, pq=beta)
+
+
+@separable(labels=True)
+def cross_entropy(f):
+    """-log q_y, at temperature 1 whatever the loss's is."""
+    return Slopes(-f.label_log_prob, label_log_prob=-1.0)
+
+
+@separable
+def z_loss(f):
+    """The square of the student's log-partition, logsumexp(s)^2, at temperature 1 (arXiv
+    2204.02311, section 5).
+    """
+    return Slopes(f.log_z * f.log_z, log_z=2.0 * f.log_z)
+
+
+@separable
+def entropy(f):
+    """-sum q log q. With a negative weight a bonus for it."""
+    q, rest = tl.exp(f.log_q), tl.exp(f.log_rest)
+    loss = whole_entropy(f.log_q, f.log_rest, f.entropy)
+    return Slopes(loss, u=times(q * rest, -(f.u + f.entropy)), entropy=rest)
+
+
+@separable(positive=("threshold", "forward"))
+def gated_kl(f, threshold=0.8, forward=1.0):
+    """Reverse KL, plus ``forward`` times forward KL where the teacher's entropy is above
+    ``threshold`` nats: where many continuations are right, cover them.
+    """
+    uncertain = whole_entropy(f.log_p, f.log_p_rest, f.teacher_entropy) > threshold
+    w = tl.where(uncertain, forward, 0.0 * forward)
+    r, k = reverse_kl(f), forward_kl(f)
+    return Slopes(
+        r.loss + times(w, k.loss), r.u, w * k.log_q, w * k.log_rest, qp=r.qp, pq=w * k.pq
+    )
+
+
+def mixed_kl(forward=0.5):
+    """``forward`` KL(p || q) + (1 - ``forward``) KL(q || p)."""
+    return forward * forward_kl() + (1 - forward) * reverse_kl()
+
+
+def symmetric_kl():
+    """(KL(p || q) + KL(q || p)) / 2."""
+    return mixed_kl(0.5)
+
+
+# --- pointwise ---
+
+
+def mixture(q, p, of_p):
+    """(of_p p + (1 - of_p) q, its logarithm), a number also where both are 0."""
+    m = of_p * p + (1.0 - of_p) * q
+    return m, tl.log(tl.maximum(m, 1e-37))
+
+
+@pointwise
+def jensen_shannon(log_q, log_p, beta):
+    """phi of :func:`js_divergence`."""
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    _, log_m = mixture(q, p, beta)
+    slope = (1.0 - beta) * q * (log_q - log_m)
+    return slope + beta * p * (log_p - log_m), slope
+
+
+def js_divergence(beta=0.5):
+    """The generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m) with m =
+    beta p + (1 - beta) q (GKD, arXiv 2306.13649).
+
+    beta is 0 to 1. The number 0 is forward KL and the number 1 reverse KL, as TRL has it, and not
+    the limits of the formula, which are 0. A tensor is taken to lie between them.
+    """
+    if not isinstance(beta, Tensor):
+        if beta == 0:
+            return forward_kl()
+        if beta == 1:
+            return reverse_kl()
+    return jensen_shannon(beta)
+
+
+@pointwise(fraction=("alpha",))
+def skew_kl(log_q, log_p, alpha=0.1):
+    """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898)."""
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    _, log_m = mixture(q, p, alpha)
+    ratio = log_p - log_m
+    return p * ratio, -(1.0 - alpha) * q * tl.exp(ratio)
+
+
+@pointwise(fraction=("alpha",))
+def skew_reverse_kl(log_q, log_p, alpha=0.1):
+    """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898)."""
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    _, log_m = mixture(q, p, 1.0 - alpha)
+    value = q * (log_q - log_m)
+    return value, value + q * (1.0 - alpha * tl.exp(log_q - log_m))
+
+
+@pointwise
+def total_variation(log_q, log_p):
+    """sum |q - p| / 2."""
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    return tl.abs(q - p) * 0.5, tl.where(q > p, q * 0.5, tl.where(q < p, q * -0.5, 0.0 * q))
+
+
+@pointwise
+def general_alpha_beta(log_q, log_p, alpha, beta):
+    """phi of :func:`alpha_beta`, none of alpha, beta and their sum 0."""
+    both = tl.exp(alpha * log_p + beta * log_q)
+    total = alpha + beta
+    q, p = tl.exp(total * log_q), tl.exp(total * log_p)
+    value = (alpha / total) * p + (beta / total) * q - both
+    return (1.0 / (alpha * beta)) * value, (1.0 / alpha) * (q - both)
+
+
+@pointwise
+def alpha_beta_without_beta(log_q, log_p, alpha):
+    """phi of :func:`alpha_beta`, beta = 0."""
+    p, q = tl.exp(alpha * log_p), tl.exp(alpha * log_q)
+    slope = (q - p) / alpha
+    return (p * (log_p - infinite(log_q, p)) + slope) / alpha, slope
+
+
+@pointwise
+def alpha_beta_without_alpha(log_q, log_p, beta):
+    """phi of :func:`alpha_beta`, alpha = 0."""
+    p, q = tl.exp(beta * log_p), tl.exp(beta * log_q)
+    slope = q * (log_q - infinite(log_p, q))
+    return (slope + (p - q) / beta) / beta, slope
+
+
+def infinite(log_x, mass):
+    """log x, -inf where x is 0 and ``mass`` is not."""
+    return tl.where((log_x == ABSENT) & (mass > 0), -INF, log_x)
+
+
+@pointwise
+def alpha_beta_without_sum(log_q, log_p, alpha):
+    """phi of :func:`alpha_beta`, beta = -alpha."""
+    x = alpha * (log_p - log_q)
+    slope = (1.0 - tl.exp(x)) / alpha
+    return -(x / alpha + slope) / alpha, slope
+
+
+@pointwise
+def alpha_beta_at_zero(log_q, log_p):
+    """phi of :func:`alpha_beta`, alpha = beta = 0."""
+    x = log_q - log_p
+    return 0.5 * x * x, x
+
+
+def alpha_beta(alpha, beta):
+    """The alpha-beta divergence (ABKD, arXiv 2505.04560; Cichocki et al., Entropy 2011),
+
+        -1 / (alpha beta) sum_k (p^alpha q^beta - (alpha p^(alpha+beta) + beta q^(alpha+beta))
+                                                  / (alpha + beta))
+
+    At numbers where that is 0 / 0 it is its limit: alpha = 1, beta = 0 is forward KL, alpha = 0,
+    beta = 1 reverse KL. Close to such a number float32 loses digits like 1e-7 / (alpha beta). A
+    tensor is taken to be none of them. Where an exponent is negative, a column that q or p leaves
+    out makes the row infinite or is left out itself.
+    """
+    numbers = not (isinstance(alpha, Tensor) or isinstance(beta, Tensor))
+    if numbers and alpha == 0:
+        return alpha_beta_at_zero() if beta == 0 else alpha_beta_without_alpha(beta)
+    if numbers and beta == 0:
+        return alpha_beta_without_beta(alpha)
+    if numbers and alpha + beta == 0:
+        return alpha_beta_without_sum(alpha)
+    return general_alpha_beta(alpha, beta)

@@ -1,0 +1,106 @@
+"""The functions of facts.py and of an objective's terms, compiled: written once, in what PyTorch
+and Triton have in common.
+"""
+
+import dis
+import os
+import types
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+from triton.runtime import driver
+
+from .. import facts
+from .online_softmax import LOG2E
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    log2 = tl.log2
+else:
+
+    @tl.core.builtin
+    def log2(x, _semantic=None):
+        """One instruction on NVIDIA's GPUs, where triton.language's takes thirty. Its error, 2^-22
+        around 1 and relative elsewhere, is that of the exponentials.
+        """
+        if x.dtype == tl.float32 and driver.active.get_current_target().backend == "cuda":
+            return libdevice.fast_log2f(x, _semantic=_semantic)
+        return tl.log2(x, _semantic=_semantic)
+
+
+@triton.jit
+def fast_exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def fast_log(x):
+    return log2(x) * LN2
+
+
+# What pointwise terms see as ``tl``: they are computed for every column.
+fast = types.ModuleType("fast")
+fast.exp, fast.log, fast.__getattr__ = fast_exp, fast_log, lambda name: getattr(tl, name)
+
+
+@lru_cache(maxsize=None)
+def device_function(function, language=tl):
+    """A copy of a function, as a device function that sees triton.language as ``tl``, the functions
+    it calls as such copies, and numbers as constants.
+    """
+    names = {"triton_language": tl, "tl": language, "__name__": function.__module__}
+    copy = types.FunctionType(function.__code__, names, function.__name__)
+    copy.__annotations__ = function.__annotations__
+    copy.__module__ = function.__module__
+    loaded = (i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL")
+    for name in dict.fromkeys(loaded):
+        value = function.__globals__.get(name)
+        value = getattr(value, "function", value)  # a divergence
+        if value is facts.tl:
+            names[name] = language
+        elif isinstance(value, types.FunctionType):
+            names[name] = device_function(value, language)
+        elif isinstance(value, int | float):
+            names[name] = tl.constexpr(value)
+        elif isinstance(value, type) and issubclass(value, tuple):
+            names[name] = value
+    return triton.jit(copy)
+
+
+losses = device_function(facts.losses)
+weights = device_function(facts.weights)
+gradient_bound = device_function(facts.gradient_bound)
+float16_room = device_function(facts.float16_room)
+pointwise = device_function(facts.pointwise)
+normalised = device_function(facts.normalised)
+divided = device_function(facts.divided)
+
+
+@lru_cache(maxsize=None)
+def compiled(terms):
+    """The terms of an objective (facts.objective) with device functions."""
+    return tuple((device_function(function), *places) for function, *places in terms)
+
+
+@lru_cache(maxsize=None)
+def compiled_phis(phis):
+    return tuple((device_function(function, fast), *places) for function, *places in phis)
+
+
+@triton.jit
+def load_parameters(ptr, stride, offset, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """A tuple; offset: of one row, or of several."""
+    values = ()
+    for k in tl.static_range(COUNT):
+        values = values + (tl.load(ptr + k * stride + offset).to(ACC),)
+    return values
+
+
+def parameter_arguments(parameters):
+    """(the table or None, its two strides) of parameters [P, N] or [P, 1]."""
+    if parameters is None or len(parameters) == 0:
+        return None, 0, 0
+    return parameters, parameters.stride(0), parameters.stride(1) if parameters.shape[1] > 1 else 0
