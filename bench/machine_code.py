@@ -48,8 +48,8 @@ MAX_BARRIERS = 0
 # Bits a load or store in a loop moves for each thread. Below 128 the number of requests, not of
 # bytes, decides. gfx942: not every kernel and dtype gets there, so nothing is asked yet.
 MIN_BITS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "sm_120": 128, "gfx942": 0}
-# Executed instructions an element, forward + backward, of reverse KL and of DRKL. While the 10 bytes of
-# a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on every
+# Executed instructions an element, forward + backward, of reverse KL and DRKL. While the 10 bytes
+# of a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on every
 # clock, and conversions and exponentials take longer than a slot. In a short row the ends count.
 MAX_INSTRUCTIONS = {
     "sm_90": {50257: 32, 128256: 30, 151936: 30},

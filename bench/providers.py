@@ -97,12 +97,14 @@ class _Kernels(torch.autograd.Function):
     def forward(ctx, student, teacher, labels, op, state):
         from drkl_triton import kernels
 
-        s, t, (N, V) = rows_of(student), rows_of(teacher), student.shape
+        s, t, V = rows_of(student), rows_of(teacher), student.shape[-1]
         if not state:
             objective = OBJECTIVES[op]
             one = torch.ones((), device=student.device)
             state["code"] = labels if objective.labels else torch.full_like(labels, NO_LABEL)
-            state["parameters"] = _reduction.parameters(objective.parameters, labels, False, one.dtype)
+            state["parameters"] = _reduction.parameters(
+                objective.parameters, labels, False, one.dtype
+            )
             state["loss"] = _loss.of(kernels, objective, one, V)
         loss, rows = state["loss"], (s, t, state["code"], state["parameters"])
         sums = loss.sums(*rows)

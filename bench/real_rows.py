@@ -18,7 +18,8 @@ import torch
 
 from drkl_triton import tiled
 from drkl_triton._layout import rows_of
-from drkl_triton.formulas import NO_LABEL
+from drkl_triton.algebra import AT
+from drkl_triton.facts import NO_LABEL, REVERSE, TEACHER
 
 PATH = Path(__file__).resolve().with_suffix(".npz")
 VOCAB = 49152
@@ -37,8 +38,9 @@ def read_twice(student, teacher, labels):
     """How many of the rows the scan walks again, with care. labels: None, or [N]."""
     N, V = student.shape
     code = torch.full((N,), NO_LABEL) if labels is None else labels
-    sums = tiled.row_sums(rows_of(student), rows_of(teacher), code, torch.ones(()), V)
-    return int((sums[8] != 0).sum())
+    rows = rows_of(student), rows_of(teacher)
+    sums = tiled.row_sums(*rows, code, torch.ones(()), V, needs=TEACHER | REVERSE)
+    return int((sums[AT.care] != 0).sum())
 
 
 def hidden_states(model, ids):

@@ -27,7 +27,7 @@ try:
     from timing import Clock, Copy
     from truth import UPSTREAM, Case
 
-    from drkl_triton import _checks, algebra, kernels
+    from drkl_triton import _checks, _loss, algebra, facts, kernels, objectives, tiled
     from drkl_triton._layout import rows_of
     from drkl_triton.kernels import tuning
 except ModuleNotFoundError as error:
@@ -178,16 +178,15 @@ class Launch:
         self.s, self.t = rows_of(case.student), rows_of(case.teacher)
         self.label, self.one = case.labels, torch.ones((), device=device)
         self.problem, self.default = problem, present_tile(problem, device)
+        self.gamma = torch.full((1, 1), 0.5, device=device)
+        self.loss = _loss.of(kernels, objectives.drkl(), self.one, problem.vocab)
         if compile_only:
-            self.scalars = torch.zeros((algebra.SCALARS, problem.tokens), device=device)
-            self.state = self.scalars[:2]
+            self.weights = torch.zeros((algebra.WEIGHTS, problem.tokens), device=device)
+            self.state = self.weights[:2]
         elif problem.kernel == "row_grad":
-            gamma = torch.tensor(0.5, device=device)
             upstream = torch.full((problem.tokens,), UPSTREAM, device=device)
             sums = self.with_tile(self.default, self._row_sums)
-            self.scalars = algebra.gradient_scalars(
-                sums, self.label, self.one, gamma, True, upstream
-            )
+            self.weights = self.loss.weights(self.label, self.gamma, sums, upstream)
         elif problem.kernel == "softmax_backward":
             self.state = self.with_tile(self.default, self._softmax)[1]
 
@@ -201,12 +200,10 @@ class Launch:
             tuning.choose = choose
 
     def _row_sums(self):
-        return kernels.row_sums(self.s, self.t, self.label, self.one, self.problem.vocab)
+        return self.loss.sums(self.s, self.t, self.label, self.gamma)
 
     def _row_grad(self):
-        return kernels.row_grad(
-            self.s, self.t, self.label, self.one, self.scalars, self.problem.vocab
-        )
+        return self.loss.write(self.s, self.t, self.label, self.gamma, self.weights)
 
     def _softmax(self):
         return kernels.softmax_forward(self.s, self.one, self.problem.tokens)
@@ -221,8 +218,9 @@ class Launch:
         """What must not depend on the tile, of the first and the last rows."""
         out = self(tile)
         if self.problem.kernel == "row_sums":
-            gamma = torch.tensor(0.5, device=out.device)
-            return algebra.losses(out, self.label, self.one, gamma, True, False)[0]
+            formulas = tiled.formula_arguments(out, self.label, self.one, self.gamma)
+            program = self.loss.program
+            return facts.losses(*formulas, program.terms, (), self.loss.needs, False)[0]
         out = out[0] if isinstance(out, tuple) else out
         return torch.cat([out[:8], out[-8:]]).float()
 

@@ -1,5 +1,5 @@
-"""Softmax, reverse KL and DRKL for distilling language models, without ever holding a probability
-tensor.
+"""Softmax, reverse KL, DRKL and the other divergences for distilling language models, without ever
+holding a probability tensor.
 """
 
 import os
@@ -11,14 +11,58 @@ if not os.path.exists(os.path.join(__path__[0], "kernels")):  # a clone, where t
 from . import objectives, reference  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .algebra import RowMetrics  # noqa: E402
-from .functional import *  # noqa: E402, F403
-from .functional import __all__ as _functions  # noqa: E402
-from .linear import *  # noqa: E402, F403
-from .linear import __all__ as _linear_functions  # noqa: E402
-from .modules import *  # noqa: E402, F403
-from .modules import __all__ as _modules  # noqa: E402
+from .functional import (  # noqa: E402
+    alpha_beta,
+    cross_entropy,
+    divergence,
+    dkd,
+    drkl,
+    forward_kl,
+    js_divergence,
+    log_softmax,
+    mixed_kl,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    softmax,
+    total_variation,
+)
+from .linear import linear_divergence, linear_drkl, linear_reverse_kl  # noqa: E402
+from .modules import (  # noqa: E402
+    DivergenceLoss,
+    DRKLLoss,
+    LinearDivergenceLoss,
+    LinearDRKLLoss,
+    LinearReverseKLLoss,
+    ReverseKLLoss,
+)
 
 __all__ = [
-    "RowMetrics", "__version__", "objectives", "reference", *_functions, *_linear_functions,
-    *_modules,
-]  # fmt: skip
+    "DRKLLoss",
+    "DivergenceLoss",
+    "LinearDRKLLoss",
+    "LinearDivergenceLoss",
+    "LinearReverseKLLoss",
+    "ReverseKLLoss",
+    "RowMetrics",
+    "__version__",
+    "alpha_beta",
+    "cross_entropy",
+    "divergence",
+    "dkd",
+    "drkl",
+    "forward_kl",
+    "js_divergence",
+    "linear_divergence",
+    "linear_drkl",
+    "linear_reverse_kl",
+    "log_softmax",
+    "mixed_kl",
+    "objectives",
+    "reference",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "softmax",
+    "total_variation",
+]

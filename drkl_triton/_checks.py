@@ -413,7 +413,9 @@ def parameter(name: str, value, kind: str) -> None:
     if kind == "positive":
         positive(name, value)
     elif kind == "fraction" and not 0 < value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}; pass a number such as 0.1")
+        raise ValueError(
+            f"{name} must be between 0 and 1, got {value!r}; pass a number such as 0.1"
+        )
     elif not abs(value) <= 1e37:
         raise ValueError(f"{name} must be finite, up to 1e37, got {value!r}; pass such a number")
 

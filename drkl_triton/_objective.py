@@ -320,7 +320,8 @@ def _check_pointwise(formula, parameters, numbers, tolerance):
     (truth,) = torch.autograd.grad(value.sum(), log_q)
     _compare(formula, "log_q", slope, truth, tolerance)
     nothing = torch.full((1,), facts.ABSENT, dtype=torch.float64)
-    for name, x in zip(("phi", "its slope"), formula.function(nothing, nothing, *parameters)):
+    value, slope = formula.function(nothing, nothing, *parameters)
+    for name, x in (("phi", value), ("its slope", slope)):
         if not (x == 0).all():
             raise ValueError(
                 f"{formula.key}: {name} must be 0 where both probabilities are 0 (their logarithms "
@@ -330,23 +331,21 @@ def _check_pointwise(formula, parameters, numbers, tolerance):
 
 def _check_separable(formula, parameters, numbers, tolerance):
     u, v, *rest = numbers
-    rest = [x.abs() for x in rest]
-    rest[4] = -rest[4]  # a log-probability
-    leaves = dict(zip(("u", "qp", "pq", "entropy", "label_log_prob", "log_z"), [u, *rest[:2], rest[2], rest[4], rest[5]]))
-    for x in leaves.values():
-        x.requires_grad_()
+    qp, pq, entropy, entropy_t, label, log_z = (x.abs() for x in rest)
     f = Facts(
         u, v, facts.log_sigmoid(u), facts.log_sigmoid(-u), facts.log_sigmoid(v),
-        facts.log_sigmoid(-v), leaves["qp"], leaves["pq"], leaves["entropy"], rest[3],
-        leaves["label_log_prob"], leaves["log_z"],
+        facts.log_sigmoid(-v), qp, pq, entropy, entropy_t, -label, log_z,
     )  # fmt: skip
+    moved = ("u", "qp", "pq", "entropy", "label_log_prob", "log_z")
+    leaves = {name: getattr(f, name).detach().requires_grad_() for name in moved}
+    u = leaves["u"]
+    f = f._replace(**leaves, log_q=facts.log_sigmoid(u), log_rest=facts.log_sigmoid(-u))
     S = formula.function(f, *parameters)
-    loss = S.loss if isinstance(S.loss, Tensor) else torch.zeros_like(u)
-    loss = loss + 0.0 * sum(leaves.values())
-    truth = dict(zip(leaves, torch.autograd.grad(loss.sum(), leaves.values())))
+    loss = S.loss + 0.0 * sum(leaves.values())
+    truth = torch.autograd.grad(loss.sum(), tuple(leaves.values()))
     q = torch.sigmoid(u)
     found = S._asdict() | {"u": S.u + S.log_q * (1 - q) - S.log_rest * q}
-    for name, expected in truth.items():
+    for name, expected in zip(moved, truth, strict=True):
         _compare(formula, name, found[name], expected, tolerance)
 
 

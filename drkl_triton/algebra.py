@@ -40,9 +40,8 @@ class RowMetrics(NamedTuple):
         """From the fields [7, N] (facts.losses) and the rows' labels [...]."""
         loss, *rest = (x.detach().view(codes.shape) for x in fields.unbind(0))
         loss = loss.clone()  # the caller may write into the loss, which is these numbers
-        there = (
-            labelled and teacher, labelled and teacher, labelled, labelled and teacher, True, teacher
-        )  # fmt: skip
+        both = labelled and teacher
+        there = both, both, labelled, both, True, teacher
         rest = (x if is_there else None for x, is_there in zip(rest, there, strict=True))
         return cls(loss, *rest, codes != IGNORED)
 

@@ -272,7 +272,8 @@ def pointwise(log_q, log_p, x, PHIS: tl.constexpr):
 
 
 def objective(f, row, x, TERMS: tl.constexpr, PHIS: tl.constexpr):
-    """(Slopes, whether the loss is +inf). x: the parameters. A term makes its row infinite whatever its weight is.
+    """(Slopes, whether the loss is +inf). x: the parameters. A term makes its row infinite
+    whatever its weight is.
     """
     no = tl.where(row.is_nan, 0.0, 0.0 * row.rest)
     total = Slopes(no, no, no, no, no, no, no, no, no, no)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ._options import Keywords, Parameters
 
 __all__ = [
-    
     "alpha_beta",
     "cross_entropy",
     "divergence",

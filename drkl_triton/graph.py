@@ -121,9 +121,7 @@ class SoftmaxFunction(torch.autograd.Function):
         dlogits = None
         if ctx.needs_input_grad[0]:
             with torch.no_grad():
-                dlogits = ops.softmax_backward(
-                    logits, grad, inv_temperature, state, *ctx.options
-                )
+                dlogits = ops.softmax_backward(logits, grad, inv_temperature, state, *ctx.options)
             dlogits = _first_order(dlogits, logits, grad)
         return dlogits, None, None, None
 

@@ -130,9 +130,7 @@ def gated_kl(f, threshold=0.8, forward=1.0):
     uncertain = whole_entropy(f.log_p, f.log_p_rest, f.teacher_entropy) > threshold
     w = tl.where(uncertain, forward, 0.0 * forward)
     r, k = reverse_kl(f), forward_kl(f)
-    return Slopes(
-        r.loss + times(w, k.loss), r.u, w * k.log_q, w * k.log_rest, qp=r.qp, pq=w * k.pq
-    )
+    return Slopes(r.loss + times(w, k.loss), r.u, w * k.log_q, w * k.log_rest, qp=r.qp, pq=w * k.pq)
 
 
 def mixed_kl(forward=0.5):

@@ -54,8 +54,8 @@ def row_labels(like, labels, weight, ignore_index, V, shift, strict, backend):
     """int64 [...]: the column to take out of each row's sums, or NO_LABEL, IGNORED, INVALID.
 
     ``like`` [..., V] gives shape and device. shift: row t is scored with label and weight t + 1.
-    strict (the objective needs labels): a label outside [0, V) is an error on the CPU and INVALID elsewhere; otherwise
-    such a row has NO_LABEL.
+    strict (the objective needs labels): a label outside [0, V) is an error on the CPU and INVALID
+    elsewhere; otherwise such a row has NO_LABEL.
     """
     if strict and labels is not None and labels.device.type == "cpu":
         _check_labels(labels, weight, ignore_index, V, shift)
@@ -141,7 +141,12 @@ def _(inputs, V, objective, needs, metrics, reduction, backend):
     N, empty = x.label.numel(), x.inv_temperature.new_empty
     denominator = empty(()) if reduction == "mean" and x.num_items is None else empty(0)
     loss = empty((N,) if reduction == "none" else ())
-    return empty((SUMS, N)), loss, denominator, empty((len(facts.METRIC_FIELDS), N) if metrics else 0)
+    return (
+        empty((SUMS, N)),
+        loss,
+        denominator,
+        empty((len(facts.METRIC_FIELDS), N) if metrics else 0),
+    )
 
 
 @torch.library.custom_op(

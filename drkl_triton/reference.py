@@ -247,21 +247,24 @@ def _alpha_beta(r: _Rows, alpha, beta) -> Tensor:
 
 def _without_beta(r: _Rows, alpha) -> Tensor:
     return r.of_columns(
-        lambda lq, lp: (lp * alpha).exp() * (lp - lq) / alpha
-        - ((lp * alpha).exp() - (lq * alpha).exp()) / alpha**2
+        lambda lq, lp: (
+            (lp * alpha).exp() * (lp - lq) / alpha
+            - ((lp * alpha).exp() - (lq * alpha).exp()) / alpha**2
+        )
     )
 
 
 def _without_alpha(r: _Rows, beta) -> Tensor:
     return r.of_columns(
-        lambda lq, lp: (lq * beta).exp() * (lq - lp) / beta
-        - ((lq * beta).exp() - (lp * beta).exp()) / beta**2
+        lambda lq, lp: (
+            (lq * beta).exp() * (lq - lp) / beta - ((lq * beta).exp() - (lp * beta).exp()) / beta**2
+        )
     )
 
 
 def _without_sum(r: _Rows, alpha) -> Tensor:
     return r.of_columns(
-        lambda lq, lp: ((lq - lp) / alpha + (((lp - lq) * alpha).exp() - 1) / alpha**2)
+        lambda lq, lp: (lq - lp) / alpha + (((lp - lq) * alpha).exp() - 1) / alpha**2
     )
 
 

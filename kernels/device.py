@@ -5,7 +5,7 @@ and Triton have in common.
 import dis
 import os
 import types
-from functools import lru_cache
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -17,18 +17,17 @@ from .online_softmax import LOG2E
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    log2 = tl.log2
-else:
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-    @tl.core.builtin
-    def log2(x, _semantic=None):
-        """One instruction on NVIDIA's GPUs, where triton.language's takes thirty. Its error, 2^-22
-        around 1 and relative elsewhere, is that of the exponentials.
-        """
-        if x.dtype == tl.float32 and driver.active.get_current_target().backend == "cuda":
-            return libdevice.fast_log2f(x, _semantic=_semantic)
-        return tl.log2(x, _semantic=_semantic)
+
+@tl.core.builtin
+def log2(x, _semantic=None):
+    """One instruction on NVIDIA's GPUs, where triton.language's takes thirty. Its error, 2^-22
+    around 1 and relative elsewhere, is that of the exponentials.
+    """
+    if x.dtype == tl.float32 and driver.active.get_current_target().backend == "cuda":
+        return libdevice.fast_log2f(x, _semantic=_semantic)
+    return tl.log2(x, _semantic=_semantic)
 
 
 @triton.jit
@@ -38,7 +37,10 @@ def fast_exp(x):
 
 @triton.jit
 def fast_log(x):
-    return log2(x) * LN2
+    if INTERPRETED:
+        return tl.log2(x) * LN2
+    else:
+        return log2(x) * LN2
 
 
 # What pointwise terms see as ``tl``: they are computed for every column.
@@ -46,7 +48,7 @@ fast = types.ModuleType("fast")
 fast.exp, fast.log, fast.__getattr__ = fast_exp, fast_log, lambda name: getattr(tl, name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_function(function, language=tl):
     """A copy of a function, as a device function that sees triton.language as ``tl``, the functions
     it calls as such copies, and numbers as constants.
@@ -79,13 +81,13 @@ normalised = device_function(facts.normalised)
 divided = device_function(facts.divided)
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(terms):
     """The terms of an objective (facts.objective) with device functions."""
     return tuple((device_function(function), *places) for function, *places in terms)
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled_phis(phis):
     return tuple((device_function(function, fast), *places) for function, *places in phis)
 
@@ -100,7 +102,8 @@ def load_parameters(ptr, stride, offset, COUNT: tl.constexpr, ACC: tl.constexpr)
 
 
 def parameter_arguments(parameters):
-    """(the table or None, its two strides) of parameters [P, N] or [P, 1]."""
-    if parameters is None or len(parameters) == 0:
-        return None, 0, 0
-    return parameters, parameters.stride(0), parameters.stride(1) if parameters.shape[1] > 1 else 0
+    """(the table or None, how many, the strides) of parameters [P, N] or [P, 1]."""
+    if parameters is None:
+        return None, 0, 0, 0
+    count, values = parameters.shape
+    return parameters, count, parameters.stride(0), parameters.stride(1) if values > 1 else 0

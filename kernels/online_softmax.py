@@ -3,14 +3,14 @@
 A state is some of nine numbers for some set S of columns (k runs over S, x_k = s_k - m_s, z_k = t_k
 - m_t are relative to the running maxima):
 
-    m_s = max s_k     d_s = sum 2^{scale x_k}                    m_t, d_t likewise of t_k and z_k
-    a = sum 2^{scale x_k} (x_k - z_k) UNIT                       b = sum 2^{scale z_k} (z_k - x_k) UNIT
-    h = sum 2^{scale x_k} x_k UNIT                               g = sum 2^{scale z_k} z_k UNIT
+    m_s = max s_k     d_s = sum 2^{scale x_k}     m_t, d_t likewise of t_k and z_k
+    a = sum 2^{scale x_k} (x_k - z_k) UNIT        b = sum 2^{scale z_k} (z_k - x_k) UNIT
+    h = sum 2^{scale x_k} x_k UNIT                g = sum 2^{scale z_k} z_k UNIT
     c = sum e^{x_k}
 
-with scale = log2(e) / temperature, so that a, b, h and g are in units of raw logits, times a power of two
-that keeps them finite where logits are the lowest finite number (masks are written so): facts.py
-divides by it and by the temperature. The empty state is m = FLOOR, everything else 0, where FLOOR
+with scale = log2(e) / temperature, so that a, b, h and g are in units of raw logits, times a power
+of two that keeps them finite where logits are the lowest finite number (masks are written so):
+facts.py divides by it and by the temperature. The empty state is m = FLOOR, everything else 0, where FLOOR
 is the lowest finite number of the accumulator: no finite logit is below it and, unlike -inf, it can
 be subtracted. It is a legal logit, too: what tells an empty state is d = 0. States of disjoint sets
 merge in any order.
@@ -31,8 +31,8 @@ import triton.language as tl
 from .. import facts
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# What a, b, h and g are multiplied with: 2^-24, so that 2^22 differences of the largest logits still have
-# a sum.
+# What a, b, h and g are multiplied with: 2^-24, so that 2^22 differences of the largest logits
+# still have a sum.
 UNIT: tl.constexpr = tl.constexpr(facts.UNIT)
 
 

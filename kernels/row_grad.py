@@ -220,7 +220,7 @@ def row_grad(
     dstudent[:, V:].zero_()  # truncated columns
     tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.gradient_splits, splits=splits)
     aligned = launch.equally_aligned(student, teacher, student.like(dstudent))
-    parameters, *strides = device.parameter_arguments(parameters if phis else None)
+    parameters, count, *strides = device.parameter_arguments(parameters if phis else None)
     with launch.on_device(label.device):
         row_grad_kernel[(N, tile.splits)](
             student.tensor, teacher.tensor, label, inv_temperature, filter_value, weights,
@@ -228,6 +228,6 @@ def row_grad(
             student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
             ACC=launch.TL_DTYPE[inv_temperature.dtype], ALIGNED=aligned, SLOPES=slopes,
-            PHIS=device.compiled_phis(phis), PARAMETERS=0 if parameters is None else len(parameters),
+            PHIS=device.compiled_phis(phis), PARAMETERS=count,
         )  # fmt: skip
     return dstudent

@@ -153,13 +153,13 @@ def row_labels(labels, weight, shape, ignore_index, V, device, *, shift, strict)
 
 def _formulas(program, parameters):
     """(the arguments of a kernel for the parameters, its flags for the objective)."""
-    parameters, stride, row = device.parameter_arguments(parameters)
+    parameters, count, *strides = device.parameter_arguments(parameters)
     flags = dict(
         TERMS=device.compiled(program.terms),
         PHIS=device.compiled_phis(program.phis),
-        PARAMETERS=0 if parameters is None else len(parameters),
+        PARAMETERS=count,
     )
-    return parameters, (stride, row), flags
+    return parameters, strides, flags
 
 
 def row_losses(

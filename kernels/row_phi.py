@@ -96,13 +96,13 @@ def row_phi(
         return
     tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.scan_splits, splits=splits)
     parts = launch.new_output((tile.splits, 2, N), acc, label.device)
-    parameters, *strides = device.parameter_arguments(parameters)
+    parameters, count, *strides = device.parameter_arguments(parameters)
     with launch.on_device(label.device):
         row_phi_kernel[(N, tile.splits)](
             student.tensor, teacher.tensor, label, inv_temperature, filter_value, sums, parameters,
             parts, *student.strides, *teacher.strides, *strides, student.inner, teacher.inner, V,
             LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
             ACC=launch.TL_DTYPE[acc], ALIGNED=launch.equally_aligned(student, teacher),
-            PHIS=device.compiled_phis(phis), PARAMETERS=0 if parameters is None else len(parameters),
+            PHIS=device.compiled_phis(phis), PARAMETERS=count,
         )  # fmt: skip
         torch.sum(parts, 0, out=sums[FIELDS.value - 2 :])

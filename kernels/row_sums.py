@@ -17,10 +17,7 @@ import triton.language as tl
 from ..facts import Sums
 from . import launch, tuning
 from .online_softmax import (
-    FORWARD,
     LOG2E,
-    REVERSE,
-    TEACHER,
     State,
     add_tile,
     empty_lanes,
@@ -212,7 +209,13 @@ def store_fields(ptr, stride_f, rows, mask, fields):
 
 @triton.jit(do_not_specialize=["N", "SPLITS"])
 def merge_sums_kernel(
-    parts_ptr, scale_ptr, sums_ptr, N, SPLITS, BLOCK: tl.constexpr, NEEDS: tl.constexpr,
+    parts_ptr,
+    scale_ptr,
+    sums_ptr,
+    N,
+    SPLITS,
+    BLOCK: tl.constexpr,
+    NEEDS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     N = N.to(tl.int64)

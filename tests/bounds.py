@@ -4,10 +4,10 @@
     baseline   drkl_triton.reference in float32 (float64 inputs: float64), gradient rounded once
     gradients  |ours - truth| <= 2 |baseline - truth| + 8 eps kappa + 2 eps_out |truth|
                                  + 2^-126 kappa'                                       elementwise
-    losses     |ours - truth| <= 2 |baseline - truth| + 16 eps (1 + gamma) (1 + |truth|)
+    losses     |ours - truth| <= 2 |baseline - truth| + 16 eps (1 + weights) (1 + |truth|)
 
 kappa is an element's condition: the absolute values of the terms it is made of, times 1 + |log q|
-for the exponential; kappa' is the same without the exponential, which a GPU makes 0 where it is
+for the exponential (losses.py); kappa' is the same without it, which a GPU makes 0 where it is
 below float32's smallest normal number (``ex2.approx.ftz``). Beside it stands what the truth itself
 is off: its log q (log q^ for DRKL), a difference of numbers of order 1, has an absolute error of
 about eps64, where the exact one may be -1e-22 (``own_error``). tests/test_numerics.py has such a
@@ -15,9 +15,13 @@ row in 60 digits. A baseline that has overflowed to inf or NaN where the truth i
 nothing.
 """
 
-import torch
+from functools import partial
 
-from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reference, reverse_kl
+import losses
+import torch
+from losses import LOSSES, condition
+
+from drkl_triton import linear_divergence, linear_drkl, linear_reverse_kl, reference
 
 INF = float("inf")
 
@@ -34,41 +38,11 @@ def truth_and_baseline(name, student, teacher, labels, upstream, **options):
     """Two (loss, gradient) pairs from the reference: in float64, and in float32 rounded to the
     student's dtype.
     """
-    function = getattr(reference, name)
+    function = losses.truth(name)
     truth = run(function, student.double(), teacher.double(), labels, upstream, **options)
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     loss, grad = run(function, student.to(wide), teacher.to(wide), labels, upstream, **options)
     return truth, (loss.double(), grad.to(student.dtype).double())
-
-
-def condition(name, student, teacher, labels, upstream, *, gamma=0.5, temperature=1.0, **_):
-    """(kappa, kappa'), [..., V] in float64."""
-    s, t = student.double(), teacher.double()
-    log_q, log_p = (reference.log_softmax(x, temperature=temperature) for x in (s, t))
-    log_q, log_p = torch.where(s == -INF, 0.0, log_q), torch.where(t == -INF, 0.0, log_p)
-    present = (s != -INF).double()
-    rkl = (log_q.exp() * present * (log_q - log_p)).sum(-1, keepdim=True).abs()
-    mass, terms = log_q.exp(), (log_q.abs() + log_p.abs() + rkl) * (1 + log_q.abs())
-    if labels is not None:
-        y = labels.clamp_min(0)[..., None]
-        _, n, u = reference.split(s, t, y[..., 0], temperature)
-        _, _, v = reference.split(t, t, y[..., 0], temperature)
-        n, u, v = (torch.where(x.isfinite(), x, 0.0)[..., None] for x in (n, u, v))
-        lq, lr = torch.nn.functional.logsigmoid(u), torch.nn.functional.logsigmoid(-u)
-        logs = lq.abs() + lr.abs()
-        both = (lq + lr).exp()
-        pull = (logs + v.abs()) * (1 + logs)
-        at_label = pull
-        if name == "drkl":
-            lqh, lph = log_q - lr, log_p - torch.nn.functional.logsigmoid(-v)
-            mass = lqh.exp()
-            terms = (gamma * (lqh.abs() + lph.abs() + n) + both * pull) * (1 + lqh.abs())
-        else:
-            at_label = pull + n * (1 + logs)
-        mass, terms = mass.scatter(-1, y, both), terms.scatter(-1, y, at_label)
-    terms = terms * present * upstream.double().abs()[..., None] / temperature
-    # 0 times what has overflowed: masks are the lowest finite number, here of any dtype
-    return torch.where(mass == 0, 0.0, mass * terms), terms
 
 
 def _allowed(baseline, truth):
@@ -88,15 +62,15 @@ def own_error(name, student, teacher, labels, upstream, *, gamma=0.5, temperatur
 
 def excess(name, student, teacher, labels, upstream, *, backend, **options):
     """(loss, gradient): the largest error over its bound; right means both are at most 1."""
-    ours_fn = {"drkl": drkl, "reverse_kl": reverse_kl}[name]
+    ours_fn = losses.ours(name)
     inputs = (student, teacher, labels, upstream)
     (loss, grad), (loss_b, grad_b) = truth_and_baseline(name, *inputs, **options)
     ours_loss, ours_grad = run(ours_fn, *inputs, backend=backend, **options)
     eps = torch.finfo(ours_loss.dtype).eps
     out = torch.finfo(student.dtype)
-    gamma = options.get("gamma", 0.5) if name == "drkl" else 1.0
+    weights = LOSSES[name].weights(**LOSSES[name].split(options)[0])
 
-    loss_bound = _allowed(loss_b, loss) + 16 * eps * (1 + gamma) * (1 + loss.abs())
+    loss_bound = _allowed(loss_b, loss) + 16 * eps * (1 + weights) * (1 + loss.abs())
     kappa, flushed = condition(name, *inputs, **options)
     tiny = torch.finfo(ours_loss.dtype).smallest_normal
     grad_bound = _allowed(grad_b, grad) + 8 * eps * kappa + 2 * out.eps * grad.abs()
@@ -146,7 +120,7 @@ def linear_truth(name, student, teacher, labels, upstream, dtype, **options):
     def function(student, teacher, labels):
         s = logits_of(*(_to(x, dtype) for x in student))
         t = teacher if isinstance(teacher, torch.Tensor) else logits_of(*teacher)
-        return getattr(reference, name)(s, t, labels, reduction="none", **options)
+        return losses.truth(name)(s, t, labels, reduction="none", **options)
 
     student, teacher = (
         _to(x, dtype) if isinstance(x, torch.Tensor) else [_to(y, dtype) for y in x]
@@ -161,7 +135,13 @@ def _to(x, dtype):
 
 def linear_ours(name, backend, **options):
     """The public function, called with heads as above."""
-    function = {"drkl": linear_drkl, "reverse_kl": linear_reverse_kl}[name]
+    loss = LOSSES[name]
+    own, options = loss.split(options)
+    if name in ("drkl", "reverse_kl"):
+        function = {"drkl": linear_drkl, "reverse_kl": linear_reverse_kl}[name]
+        options |= own
+    else:
+        function = partial(linear_divergence, loss.objective(**own))
 
     def call(student, teacher, labels, **more):
         keys = ("hidden", "weight", "bias", "scale", "softcap")
@@ -240,7 +220,7 @@ def _delta(hidden, weight, bias, scale, softcap):
 def linear_condition(name, s, t, labels, upstream, delta, *, temperature=1.0, **options):
     """(kappa, gradient) of the logits, both [..., V]."""
     options["temperature"] = temperature
-    _, g = run(getattr(reference, name), s, t, labels, upstream, **options)
+    _, g = run(losses.truth(name), s, t, labels, upstream, **options)
     kappa, _ = condition(name, s, t, labels, upstream, **options)
     q = reference.softmax(s, temperature=temperature)
     mass = q

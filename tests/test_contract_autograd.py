@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import drkl_triton
-from drkl_triton import DRKLLoss, ReverseKLLoss, backends, drkl, log_softmax, reverse_kl, softmax
+from drkl_triton import DRKLLoss, ReverseKLLoss, drkl, log_softmax, ops, reverse_kl, softmax
 from drkl_triton._layout import rows_of
 
 V = 37
@@ -403,7 +403,7 @@ def test_layouts_that_are_copied(layout):
 def test_layouts(name, backend, layout, monkeypatch):
     """As for a contiguous copy; and the backend gets the caller's memory, forward and backward."""
     seen = []
-    monkeypatch.setattr(backends, "rows_of", lambda x: seen.append(x) or rows_of(x))
+    monkeypatch.setattr(ops, "rows_of", lambda x: seen.append(x) or rows_of(x))
     make = (LAYOUTS | COPIED)[layout]
     s, t = make(base(torch.float64)), make(base(torch.float64))
     s.requires_grad_()

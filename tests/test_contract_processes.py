@@ -14,7 +14,7 @@ import drkl_triton
 
 PRELUDE = """
 import re, torch, drkl_triton
-from drkl_triton import backends, drkl, reverse_kl, softmax
+from drkl_triton import drkl, ops, reverse_kl, softmax
 
 s, t, y = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5), torch.tensor([1, -100, 4])
 

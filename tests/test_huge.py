@@ -8,7 +8,17 @@ either narrow or two, and start as far into the tensor.
 import pytest
 import torch
 
-from drkl_triton import _layout, algebra, drkl, kernels, reference, reverse_kl, tiled
+from drkl_triton import (
+    _layout,
+    _loss,
+    drkl,
+    facts,
+    kernels,
+    objectives,
+    reference,
+    reverse_kl,
+    tiled,
+)
 
 pytestmark = pytest.mark.usefixtures("wide_tiles")
 
@@ -77,10 +87,10 @@ def test_kernels_in_whole_rows(tensors):
 def test_the_gradient_may_be_written_beyond(launchers, tensors):
     out = torch.empty(N, V, dtype=torch.bfloat16).as_strided((2, V), (ROW * V, 1))
     rows = [_layout.rows_of(x.as_strided((2, V), (ROW * V, 1))) for x in tensors]
-    label, one = torch.tensor([algebra.IGNORED, V - 2]), torch.tensor(1.0)
-    sums = launchers.row_sums(*rows, label, one, V)
-    scalars = algebra.gradient_scalars(sums, label, one, torch.tensor(0.5), True, torch.ones(2))
-    launchers.row_grad(*rows, label, one, scalars.contiguous(), V, out=out)
+    label, one = torch.tensor([facts.IGNORED, V - 2]), torch.tensor(1.0)
+    gamma, loss = torch.tensor([[0.5]]), _loss.of(launchers, objectives.drkl(), one, V)
+    sums = loss.sums(*rows, label, gamma)
+    loss.gradient(*rows, label, gamma, sums, torch.ones(2), out=out)
     assert out[0].count_nonzero() == 0
     close(out[1], truth("drkl", *(x[ROW] for x in tensors), V - 2, gamma=0.5)[1])
 

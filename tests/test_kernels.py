@@ -13,31 +13,40 @@ import triton.language as tl
 from bounds import excess
 
 import drkl_triton
-from drkl_triton import algebra, backends, drkl, kernels, tiled
+from drkl_triton import _loss, drkl, facts, kernels, objectives, ops, tiled
+from drkl_triton import algebra as tables
 from drkl_triton._layout import rows_of
 from drkl_triton.kernels import tuning
 from drkl_triton.kernels.row_walk import LINE, Geometry, cut_row
 
 ONE = torch.ones(())
+EVERYTHING = sum(1 << k for k in range(6))  # what a scan may sum
+GAMMA = torch.tensor([[0.5]])
 
 
-def sums_of(s, t, label, V=None, splits=None, **flags):
-    return kernels.row_sums(
-        rows_of(s), rows_of(t), label, ONE, V or s.shape[-1], splits=splits, **flags
-    )
+def drkl_of(launchers, V):
+    return _loss.of(launchers, objectives.drkl(), ONE, V)
+
+
+def sums_of(s, t, label, splits=None, needs=EVERYTHING):
+    rows = rows_of(s), rows_of(t)
+    return kernels.row_sums(*rows, label, ONE, s.shape[-1], splits=splits, needs=needs)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("V", [700, 4097, 9001])  # fewer tiles than splits, about as many, more
 def test_splits_do_not_change_the_sums(V, splits):
     s, t = torch.randn(5, V) * 4, torch.randn(5, V) * 4
-    label = torch.tensor([0, V - 1, V // 2, algebra.NO_LABEL, algebra.IGNORED])
-    ours = sums_of(s, t, label, splits=splits, entropy=True)
+    label = torch.tensor([0, V - 1, V // 2, facts.NO_LABEL, facts.IGNORED])
+    ours = sums_of(s, t, label, splits=splits)
     truth = tiled.row_sums(
-        rows_of(s.double()), rows_of(t.double()), label, ONE.double(), V, entropy=True
+        rows_of(s.double()), rows_of(t.double()), label, ONE.double(), V, needs=EVERYTHING
     )
-    assert (ours[[1, 2, 3, 5, 8], 4] == 0).all()
-    assert torch.equal(ours[6:8, :3], truth[6:8, :3].float())  # the label's logits are copied
+    assert (ours[1:, 4].nan_to_num(1.0) == 0).all()
+    at_label = slice(tables.AT.s_label, tables.AT.t_label + 1)
+    assert torch.equal(
+        ours[at_label, :3], truth[at_label, :3].float()
+    )  # the label's logits are copied
     # both stand relative to the maxima of what they walk first: move them to the rows' own
     tops = []
     for x in (s, t):
@@ -45,26 +54,28 @@ def test_splits_do_not_change_the_sums(V, splits):
         rest[torch.arange(3), label[:3]] = -float("inf")
         tops.append(rest.amax(1))
     ours, truth = (
-        torch.stack(algebra._moved(sums[:, :4].double(), *tops, ONE.double()))
+        torch.stack(tables.moved(sums[:, :4].double(), *tops, ONE.double()))
         for sums in (ours, truth)
     )
     torch.testing.assert_close(ours, truth, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_splits_do_not_change_the_gradient(splits):
+def test_splits_do_not_change_the_gradient(splits, monkeypatch):
     V = 9001
     s, t, label = (
         torch.randn(4, V),
         torch.randn(4, V),
-        torch.tensor([0, V - 1, 4500, algebra.IGNORED]),
+        torch.tensor([0, V - 1, 4500, facts.IGNORED]),
     )
     sums = sums_of(s, t, label)
-    table = algebra.gradient_scalars(sums, label, ONE, torch.tensor(0.5), True, torch.randn(4))
-    grads = [
-        f(rows_of(s), rows_of(t), label, ONE, table, V) for f in (kernels.row_grad, tiled.row_grad)
-    ]
-    grads.append(kernels.row_grad(rows_of(s), rows_of(t), label, ONE, table, V, splits=splits))
+    rows = rows_of(s), rows_of(t), label, GAMMA
+    loss = drkl_of(tiled, V)
+    table = loss.weights(label, GAMMA, sums, torch.randn(4))
+    grads = [loss.write(*rows, table), drkl_of(kernels, V).write(*rows, table)]
+    choose = tuning.choose
+    monkeypatch.setattr(tuning, "choose", lambda *a, **k: choose(*a, **k | {"splits": splits}))
+    grads.append(drkl_of(kernels, V).write(*rows, table))
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0], rtol=2e-6, atol=1e-12)
 
@@ -84,28 +95,28 @@ def test_splits_do_not_change_softmax(log, splits):
 
 
 def test_merged_sums_are_the_sums_of_the_whole():
-    """algebra.merge, in any order, also with a part that holds nothing."""
+    """tables.merge, in any order, also with a part that holds nothing."""
     s, t = torch.randn(3, 90).double(), torch.randn(3, 90).double()
     s[0, :30] = t[0, :30] = -float("inf")
-    label = torch.tensor([algebra.NO_LABEL] * 3)
+    label = torch.tensor([facts.NO_LABEL] * 3)
 
     def cut(a, b):
         return tiled.row_sums(
-            rows_of(s[:, a:b]), rows_of(t[:, a:b]), label, ONE.double(), b - a, entropy=True
+            rows_of(s[:, a:b]), rows_of(t[:, a:b]), label, ONE.double(), b - a, needs=EVERYTHING
         )
 
     def common(sums):  # the maxima that the sums are relative to differ
         tops = torch.full((3,), 9.0).double(), torch.full((3,), 8.0).double()
-        return torch.stack(algebra._moved(sums, *tops, ONE.double()))
+        return torch.stack(tables.moved(sums, *tops, ONE.double()))
 
     parts = [cut(0, 30), cut(30, 31), cut(31, 90)]
     whole = cut(0, 90)
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
         merged = parts[order[0]]
         for k in order[1:]:
-            merged = algebra.merge(merged, parts[k], ONE.double())
+            merged = tables.merge(merged, parts[k], ONE.double())
         torch.testing.assert_close(common(merged), common(whole), rtol=1e-13, atol=1e-13)
-        assert (merged[8] >= whole[8]).all()
+        assert (merged[tables.AT.care] >= whole[tables.AT.care]).all()
 
 
 def offset(x, columns):
@@ -342,11 +353,15 @@ def test_the_number_of_splits_is_not_compiled_in(monkeypatch):
             recorders[name] = Recorder(getattr(module, name))
             monkeypatch.setattr(module, name, recorders[name])
     s, t = torch.randn(2, 2100), torch.randn(2, 2100)
-    label = torch.tensor([3, algebra.NO_LABEL])
+    label = torch.tensor([3, facts.NO_LABEL])
     for splits in (1, 2, 3, 8):
         sums = sums_of(s, t, label, splits=splits)
-        table = algebra.gradient_scalars(sums, label, ONE, torch.tensor(0.5), True, torch.ones(2))
-        kernels.row_grad(rows_of(s), rows_of(t), label, ONE, table, 2100, splits=splits)
+        loss = drkl_of(kernels, 2100)
+        table = loss.weights(label, GAMMA, sums, torch.ones(2))
+        kernels.row_grad(
+            rows_of(s), rows_of(t), label, ONE, table, 2100, splits=splits,
+            slopes=loss.program.slopes,
+        )  # fmt: skip
         _, state = kernels.softmax_forward(rows_of(s), ONE, 2, splits=splits)
         kernels.softmax_backward(rows_of(s), rows_of(t), ONE, state, splits=splits)
     assert {name: len(r.kept) for name, r in recorders.items()} == {
@@ -395,7 +410,7 @@ def test_launches_of_a_step(options, monkeypatch):
     executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
     monkeypatch.setattr(executor, "__call__", lambda self, *a, **k: kernels_launched.append(self))
     monkeypatch.setattr(kernels.launch, "new_output", lambda *of: torch.empty(of[0], dtype=of[1]))
-    monkeypatch.setattr(backends, "_check_labels", lambda *args: None)  # on the CPU alone
+    monkeypatch.setattr(ops, "_check_labels", lambda *args: None)  # on the CPU alone
     s, t = torch.randn(2, 3, 500).requires_grad_(), torch.randn(2, 3, 500)
     y = torch.ones(2, 3).int()
     cpu = torch.profiler.ProfilerActivity.CPU

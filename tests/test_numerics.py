@@ -5,6 +5,7 @@
 from functools import lru_cache
 
 import bounds
+import losses
 import mpmath
 import pytest
 import torch
@@ -24,7 +25,7 @@ VOCABULARIES = [
     151936,  # Qwen: long rows, few of them, so they are split over programs
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LOSSES = [("reverse_kl", False), ("reverse_kl", True), ("drkl", True)]
+over_losses = pytest.mark.parametrize("name, labelled", losses.CASES, ids=losses.IDS)
 
 
 def generator(seed):
@@ -50,7 +51,7 @@ def regimes(V, dtype):
     return s.to(dtype), t.to(dtype), y, torch.randn(7, generator=draw)
 
 
-@pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+@over_losses
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_loss_and_gradient_within_bound(V, dtype, name, labelled, backend, request):
@@ -63,7 +64,7 @@ def test_loss_and_gradient_within_bound(V, dtype, name, labelled, backend, reque
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
-@pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+@over_losses
 def test_temperature(name, labelled, temperature, backend):
     s, t, y, upstream = regimes(4097, torch.bfloat16)
     labels = y if labelled else None
@@ -121,13 +122,13 @@ def test_both_are_sure_of_a_column_far_down_the_row(dtype, temperature, backend,
             assert max(excess(name, s, t, y, upstream, **options)) <= 1, (name, splits)
 
 
-@pytest.mark.parametrize("name, labelled", LOSSES, ids=["rkl", "rkl-labelled", "drkl"])
+@over_losses
 def test_gradcheck(name, labelled, backend):
     # V = 19: head, one vector masked in the last tile, tail and label apart
     s = torch.randn(3, 19, dtype=torch.float64, requires_grad=True)
     t = torch.randn(3, 19, dtype=torch.float64)
     y = torch.tensor([0, 9, 18]) if labelled else None
-    loss = getattr(drkl_triton, name)
+    loss = losses.ours(name)
     call = lambda x: loss(x, t, y, temperature=1.5, reduction="none", backend=backend)  # noqa: E731
     assert gradcheck(call, s, fast_mode=backend == "triton")
 
