@@ -23,6 +23,48 @@ def dense_reverse_kl(logits, teacher_logits, batch):
     return (terms.sum(-1) * counts).sum() / counts.sum()
 
 
+def dense_cross_entropy(logits, teacher_logits, batch):
+    counts = batch["label"] != -100
+    p, log_q = teacher_logits.float().softmax(-1), logits.float().log_softmax(-1)
+    return -((p * log_q).sum(-1) * counts).sum() / counts.sum()
+
+
+def dense_mixture(logits, teacher_logits, batch, of_q, of_p, lam):
+    """of_q KL(q || m) + of_p (KL(p || m) + entropy if of_p is alone), m = lam q + (1 - lam) p."""
+    counts = batch["label"] != -100
+    q, p = logits.float().softmax(-1), teacher_logits.float().softmax(-1)
+    log_m = (lam * q + (1 - lam) * p).log()
+    rows = of_q * (q * (q.log() - log_m)).sum(-1)
+    rows = rows + of_p * (p * (p.log() * (of_q != 0) - log_m)).sum(-1)
+    return (rows * counts).sum() / counts.sum()
+
+
+def dense_tv(logits, teacher_logits, batch):
+    counts = batch["label"] != -100
+    rows = 0.5 * (logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).abs().sum(-1)
+    return (rows * counts).sum() / counts.sum()
+
+
+DENSE = {
+    "reverse_kl": (dense_reverse_kl, {}),
+    "forward_kl": (dense_cross_entropy, {}),
+    "symmetric_kl": (
+        lambda *a: 0.1 * dense_cross_entropy(*a) + 0.9 * dense_reverse_kl(*a),
+        {},
+    ),
+    "symmetric_kl, lam": (
+        lambda *a: 0.7 * dense_cross_entropy(*a) + 0.3 * dense_reverse_kl(*a),
+        {"lam": 0.3},
+    ),
+    "js_distance": (lambda *a: dense_mixture(*a, 0.9, 0.1, 0.9), {}),
+    "js_distance, lam": (lambda *a: dense_mixture(*a, 0.4, 0.6, 0.4), {"lam": 0.4}),
+    "tv_distance": (dense_tv, {}),
+    "skewed_forward_kl": (lambda *a: dense_mixture(*a, 0, 1, 0.9), {}),
+    "skewed_reverse_kl": (lambda *a: dense_mixture(*a, 1, 0, 0.1), {}),
+    "skewed_reverse_kl, lam": (lambda *a: dense_mixture(*a, 1, 0, 0.4), {"lam": 0.4}),
+}
+
+
 def dense_drkl(logits, teacher_logits, batch, gamma):
     rows = reference.drkl(
         logits.double(), teacher_logits.double(), batch["label"], gamma=gamma, reduction="none"
@@ -43,11 +85,14 @@ def value_and_gradient(function, logits, *args):
     return loss.detach(), *torch.autograd.grad(loss, logits)
 
 
-def test_reverse_kl_is_the_dense_formula(batch, backend):
-    def ours(*args):
-        return distillm.reverse_kl(*args, backend=backend)
+@pytest.mark.parametrize("name", DENSE)
+def test_they_are_the_dense_formulas(name, batch, backend):
+    dense, options = DENSE[name]
 
-    expected = value_and_gradient(dense_reverse_kl, *batch)
+    def ours(*args):
+        return getattr(distillm, name.split(",")[0])(*args, backend=backend, **options)
+
+    expected = value_and_gradient(dense, *batch)
     torch.testing.assert_close(value_and_gradient(ours, *batch), expected, rtol=2e-5, atol=1e-7)
 
 

@@ -1,14 +1,17 @@
-"""The loss interface of DistiLLM (arXiv 2402.03898): ``loss(logits, teacher_logits,
-no_model_batch)``, where ``no_model_batch["label"]`` already lies one token ahead of the input.
+"""The losses of DistiLLM (arXiv 2402.03898, https://github.com/jongwooko/distillm) by their names
+and with their interface, ``loss(logits, teacher_logits, no_model_batch, ...)``, where
+``no_model_batch["label"]`` already lies one token ahead of the input; and DRKL.
 
-Both functions return the sum over the tokens whose label is not -100, over their number; nothing is
-shifted. Where the logits are finite they equal the dense float32 formula of that interface. They
-differ in three cases, on purpose:
+All return the sum over the tokens whose label is not -100, over their number; nothing is shifted.
+Where the logits are finite they equal the dense float32 formulas of that interface: its
+``forward_kl`` and ``skewed_forward_kl`` are cross-entropies, which are a divergence plus the
+teacher's entropy, and so are these. They differ in three cases, on purpose:
 
 - **-inf.** The dense formula leaves out the term of a column where either side is infinite, and its
   gradient is NaN in the whole row (0 times -inf in autograd). Here a student at -inf adds 0, the
-  same value, with a finite gradient. A teacher at -inf where the student is finite makes the loss
-  +inf and the row's gradient 0, because that is the divergence: left out, a student with all its
+  same value, with a finite gradient. A teacher at -inf where the student is finite makes reverse KL
+  +inf and the row's gradient 0 (a student at -inf, forward KL), because that is the divergence:
+  left out, a student with all its
   mass on such a column would have a loss of 0. ``support="teacher"`` leaves such columns out of
   both distributions and stays finite.
 - **NaN** in a row without a label stays out of the loss; there it is multiplied by 0, which is NaN.
@@ -22,17 +25,30 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import functional
+from .. import objectives
+from ..functional import divergence
+from ..objectives import Objective
 
-__all__ = ["drkl", "reverse_kl"]
+__all__ = [
+    "drkl",
+    "forward_kl",
+    "js_distance",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "symmetric_kl",
+    "tv_distance",
+]
+
+Batch = Mapping[str, Tensor]
 
 
 def reverse_kl(
-    logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], **options: Any
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, **options: Any
 ) -> Tensor:
-    """Reverse KL ``KL(q || p)`` of the student's ``q``, sum over valid tokens / their number.
+    """Reverse KL ``KL(q || p)`` of the student's ``q``.
 
-    Args:
+    Args, here and below:
         logits, teacher_logits: ``[B, T, V]``, float16, bfloat16, float32 or float64. The teacher
             carries no gradient.
         no_model_batch: its ``"label"`` is ``[B, T]`` int64 or int32, not shifted here; tokens at
@@ -47,22 +63,78 @@ def reverse_kl(
         TypeError, ValueError: ``no_model_batch`` without labels, ``shift``, or as
             :func:`drkl_triton.reverse_kl`.
     """
-    labels = _labels(no_model_batch, options)
-    return functional.reverse_kl(logits, teacher_logits, labels, **options)
+    return _loss(objectives.reverse_kl(), logits, teacher_logits, no_model_batch, options)
+
+
+def forward_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, **options: Any
+) -> Tensor:
+    """Cross-entropy ``-sum p log q`` under the teacher: forward KL plus the teacher's entropy."""
+    return _loss(_forward(), logits, teacher_logits, no_model_batch, options)
+
+
+def symmetric_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, lam: float = 0.9, **options: Any
+) -> Tensor:
+    """``(1 - lam)`` :func:`forward_kl` + ``lam`` :func:`reverse_kl`."""
+    objective = (1 - lam) * _forward() + lam * objectives.reverse_kl()
+    return _loss(objective, logits, teacher_logits, no_model_batch, options)
+
+
+def js_distance(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, lam: float = 0.9, **options: Any
+) -> Tensor:
+    """:func:`drkl_triton.js_divergence` with beta = ``1 - lam``; lam between 0 and 1."""
+    objective = objectives.jensen_shannon(1 - lam)
+    return _loss(objective, logits, teacher_logits, no_model_batch, options)
+
+
+def tv_distance(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, **options: Any
+) -> Tensor:
+    """:func:`drkl_triton.total_variation`."""
+    return _loss(objectives.total_variation(), logits, teacher_logits, no_model_batch, options)
+
+
+def skewed_forward_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, lam: float = 0.1, **options: Any
+) -> Tensor:
+    """Cross-entropy ``-sum p log(lam p + (1 - lam) q)``: :func:`drkl_triton.skew_kl` plus the
+    teacher's entropy.
+    """
+    objective = objectives.skew_kl(lam) + objectives.teacher_entropy()
+    return _loss(objective, logits, teacher_logits, no_model_batch, options)
+
+
+def skewed_reverse_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, lam: float = 0.1, **options: Any
+) -> Tensor:
+    """:func:`drkl_triton.skew_reverse_kl`."""
+    return _loss(objectives.skew_reverse_kl(lam), logits, teacher_logits, no_model_batch, options)
 
 
 def drkl(
     logits: Tensor,
     teacher_logits: Tensor,
-    no_model_batch: Mapping[str, Tensor],
+    no_model_batch: Batch,
     gamma: float | Tensor = 0.5,
     **options: Any,
 ) -> Tensor:
-    """Diversity-aware reverse KL (:func:`drkl_triton.drkl`) with the arguments of
-    :func:`reverse_kl` and the weight ``gamma`` of the non-target part. The target is the label.
+    """Diversity-aware reverse KL (:func:`drkl_triton.drkl`); ``gamma`` weighs the non-target part.
+    The target is the label.
     """
-    labels = _labels(no_model_batch, options)
-    return functional.drkl(logits, teacher_logits, labels, gamma=gamma, **options)
+    return _loss(objectives.drkl(gamma), logits, teacher_logits, no_model_batch, options)
+
+
+def _forward() -> Objective:
+    return objectives.forward_kl() + objectives.teacher_entropy()
+
+
+def _loss(
+    objective: Objective, logits: Tensor, teacher_logits: Tensor, batch: Batch, options: dict
+) -> Tensor:
+    labels = _labels(batch, options)
+    return divergence(objective, logits, teacher_logits, labels, **options)
 
 
 def _labels(batch: Mapping[str, Tensor], options: dict) -> Tensor:

@@ -1,6 +1,5 @@
-"""For TRL (https://github.com/huggingface/trl): its ``generalized_jsd_loss`` with the reverse KL
-fused, and a trainer that minimises DRKL. Needs trl; tested with the release that constraints.txt
-names.
+"""For TRL (https://github.com/huggingface/trl): its ``generalized_jsd_loss`` fused, and a trainer
+that minimises DRKL. Needs trl; tested with the release that constraints.txt names.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["DRKLConfig", "DRKLTrainer", "generalized_jsd_loss"]
 
 # Taken at import, so that it stays TRL's when a caller puts ours in its place.
 _trl_jsd = GKDTrainer.generalized_jsd_loss
-# Options of reverse_kl that a caller may pass beside TRL's own arguments.
+# Options of js_divergence that a caller may pass beside TRL's own arguments.
 _FUSED_OPTIONS = frozenset({"backend", "filter_value", "support", "vocab_mismatch"})
 # The fields of RowMetrics that DRKLTrainer logs.
 _LOGGED = (
@@ -75,8 +74,8 @@ def generalized_jsd_loss(
     **kwargs: Any,
 ) -> Tensor:
     """TRL's generalized Jensen-Shannon divergence (arXiv 2306.13649, Eq. 1), computed by
-    :func:`drkl_triton.reverse_kl` where it is the reverse KL and is summed: ``beta == 1`` with
-    ``"batchmean"``, ``"sum"`` or ``num_items_in_batch``. All else is handed to TRL's own function.
+    :func:`drkl_triton.js_divergence` where it is summed: with ``"batchmean"``, ``"sum"`` or
+    ``num_items_in_batch``. All else is handed to TRL's own function.
 
     Args:
         student_logits, teacher_logits: ``[B, T, V]``, already shifted. Fused, they must have the
@@ -92,7 +91,7 @@ def generalized_jsd_loss(
             is sum / num_items_in_batch, whatever ``reduction`` says. A tensor of several elements
             goes to TRL's function.
         kwargs: ``backend``, ``filter_value``, ``support``, ``vocab_mismatch`` of
-            :func:`drkl_triton.reverse_kl`, for calls that are fused. With any other the call goes
+            :func:`drkl_triton.js_divergence`, for calls that are fused. With any other the call goes
             to TRL's function.
 
     Returns:
@@ -102,18 +101,17 @@ def generalized_jsd_loss(
         num_items_in_batch of 0 gives 0, where TRL divides by 0.
 
     Raises:
-        TypeError, ValueError: fused, as :func:`drkl_triton.reverse_kl`; else TRL's. TypeError for
+        TypeError, ValueError: fused, as :func:`drkl_triton.js_divergence`; else TRL's. TypeError for
             an option of ours in a call that is not fused.
     """
     several = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1
     summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
-    fused = beta == 1 and summed and not several
+    fused = summed and not several
     ours = sorted(kwargs.keys() & _FUSED_OPTIONS)
     if ours and not fused:
         raise TypeError(
-            f"{', '.join(ours)} must go with a call that is fused, got beta={beta!r}, "
-            f"reduction={reduction!r}; pass beta=1 and a reduction of batchmean or sum (or one "
-            "num_items_in_batch), or leave them out"
+            f"{', '.join(ours)} must go with a call that is fused, got reduction={reduction!r}; "
+            "pass a reduction of batchmean or sum, or one num_items_in_batch, or leave them out"
         )
     if not (fused and kwargs.keys() <= _FUSED_OPTIONS):
         return _trl_jsd(
@@ -132,8 +130,8 @@ def generalized_jsd_loss(
         kwargs["reduction"] = "sum"
     elif labels is None:
         kwargs |= {"reduction": "mean", "num_items": max(student_logits.size(0), 1)}
-    return functional.reverse_kl(
-        student_logits, teacher_logits, labels, temperature=temperature, **kwargs
+    return functional.js_divergence(
+        student_logits, teacher_logits, labels, beta=beta, temperature=temperature, **kwargs
     )
 
 
