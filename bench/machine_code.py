@@ -49,8 +49,9 @@ MAX_BARRIERS = 0
 # bytes, decides. gfx942: not every kernel and dtype gets there, so nothing is asked yet.
 MIN_BITS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "sm_120": 128, "gfx942": 0}
 # Executed instructions an element, forward + backward, of reverse KL and DRKL. While the 10 bytes
-# of a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on every
-# clock, and conversions and exponentials take longer than a slot. In a short row the ends count.
+# of a 16-bit element move, an H100 could issue 100, a B200 47; but no multiprocessor issues on
+# every clock, and conversions and exponentials take longer than a slot. In a short row the ends
+# count.
 MAX_INSTRUCTIONS = {
     "sm_90": {50257: 32, 128256: 30, 151936: 30},
     "sm_100": {50257: 31, 128256: 29, 151936: 29},

@@ -12,6 +12,7 @@ from . import objectives, reference  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .algebra import RowMetrics  # noqa: E402
 from .functional import (  # noqa: E402
+    adaptive_kl,
     alpha_beta,
     cross_entropy,
     divergence,
@@ -46,6 +47,7 @@ __all__ = [
     "ReverseKLLoss",
     "RowMetrics",
     "__version__",
+    "adaptive_kl",
     "alpha_beta",
     "cross_entropy",
     "divergence",

@@ -350,12 +350,14 @@ def row_tensor(
     same_device(name, x, student, of)
 
 
-def labels_given(objective, labels: Tensor | None) -> None:
+def labels_given(function: str, objective, labels: Tensor | None) -> None:
     if labels is None and objective.labels:
-        names = " and ".join(f.__name__ for f, _, _ in objective.terms if f.labels)
+        subject, linear = function, "linear_" * function.startswith("linear_")
+        if function.endswith("divergence"):
+            subject = " and ".join(f.__name__ for f, _, _ in objective.terms if f.labels)
         raise TypeError(
-            f"{names} needs labels [...] (the target column of each row), got None; reverse_kl and "
-            "forward_kl work without"
+            f"{subject} needs labels [...] (the target column of each row), got None; "
+            f"{linear}reverse_kl works without"
         )
 
 

@@ -17,15 +17,19 @@ def named(loss: Callable, builder: Callable, *kinds: type) -> tuple[tuple[str, .
     """
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = list(inspect.signature(builder).parameters.values())
-    positional = list(inspect.signature(loss).parameters.values())[:-1]
+    *positional, labels, _ = inspect.signature(loss).parameters.values()
+    if all(p.default is not p.empty for p in own) and builder().labels:
+        labels = labels.replace(default=inspect.Parameter.empty)
     options = [
-        inspect.Parameter(name, keyword, default=kind._field_defaults[name])
+        inspect.Parameter(
+            name, keyword, default=kind._field_defaults[name], annotation=hint.__forward_arg__
+        )
         for kind in kinds
-        for name in kind._fields
+        for name, hint in kind.__annotations__.items()
     ]
     functools.update_wrapper(loss, builder)
     del loss.__wrapped__
     loss.__annotations__ = {}
-    parameters = [*positional, *(p.replace(kind=keyword) for p in own), *options]
+    parameters = [*positional, labels, *(p.replace(kind=keyword) for p in own), *options]
     loss.__signature__ = inspect.Signature(parameters)
     return tuple(p.name for p in own), builder.__name__

@@ -36,6 +36,8 @@ _NEEDS = {
     "teacher_entropy": facts.TEACHER | facts.TEACHER_ENTROPY,
     "label_log_prob": facts.UNTEMPERED,
     "log_z": facts.UNTEMPERED,
+    "gap_head": facts.TEACHER | facts.GAPS,
+    "gap_tail": facts.TEACHER | facts.GAPS,
 }
 
 
@@ -274,20 +276,25 @@ class Program:
     phis: tuple
     needs: int
     slopes: int  # the sums that its gradient reads
+    head: int = -1  # where the head's mass is among the parameters, with facts.GAPS
 
 
 @lru_cache(maxsize=1024)
 def program(key: str) -> Program:
-    terms, phis, needs, slopes, place = [], [], 0, 0, 0
+    terms, phis, needs, slopes, place, head = [], [], 0, 0, 0, -1
     for part in key.split("+"):
         formula, weighted = _find(part.lstrip("*")), part.startswith("*")
         count = len(formula.parameters)
         weight = place if weighted else -1
         term = (formula.function, weight, place + weighted, count, formula.needs)
         (phis if formula.is_pointwise else terms).append(term)
+        if formula.needs & facts.GAPS:
+            if head >= 0:
+                raise ValueError("an objective can have one adaptive_kl; add up their weights")
+            head = place + weighted
         place += weighted + count
         needs, slopes = needs | formula.needs, slopes | formula.slopes
-    return Program(tuple(terms), tuple(phis), needs, slopes)
+    return Program(tuple(terms), tuple(phis), needs, slopes, head)
 
 
 def check(objective: Objective, rows: int = 64, tolerance: float = 1e-8) -> None:
@@ -334,7 +341,7 @@ def _check_separable(formula, parameters, numbers, tolerance):
     qp, pq, entropy, entropy_t, label, log_z = (x.abs() for x in rest)
     f = Facts(
         u, v, facts.log_sigmoid(u), facts.log_sigmoid(-u), facts.log_sigmoid(v),
-        facts.log_sigmoid(-v), qp, pq, entropy, entropy_t, -label, log_z,
+        facts.log_sigmoid(-v), qp, pq, entropy, entropy_t, -label, log_z, entropy, entropy_t,
     )  # fmt: skip
     moved = ("u", "qp", "pq", "entropy", "label_log_prob", "log_z")
     leaves = {name: getattr(f, name).detach().requires_grad_() for name in moved}

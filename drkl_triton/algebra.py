@@ -1,4 +1,4 @@
-"""The table of sums [14, N] (facts.Sums), merged; and what a loss tells of its rows."""
+"""The table of sums [16, N] (facts.Sums), merged; and what a loss tells of its rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RowMetrics(NamedTuple):
 
 
 def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:
-    """The sums [14, N] of two disjoint sets of columns from the sums of each (formulas:
+    """The sums [16, N] of two disjoint sets of columns from the sums of each (formulas:
     kernels/online_softmax.py).
 
     The label's logits are taken from whichever side has them; the other side holds -inf.

@@ -38,6 +38,7 @@ FORWARD = 4  # b
 ENTROPY = 8  # h
 TEACHER_ENTROPY = 16  # g
 UNTEMPERED = 32  # c, where the temperature is not 1
+GAPS = 64  # gap_head, gap_tail, which take sweeps of their own
 METRICS = TEACHER + REVERSE + ENTROPY + TEACHER_ENTROPY
 
 
@@ -73,6 +74,8 @@ class Sums(NamedTuple):
     s_label: Any
     t_label: Any
     care: Any
+    gap_head: Any  # _loss.py, where the objective asks for them
+    gap_tail: Any
     phi: Any  # kernels/row_phi.py, where the objective has pointwise terms
     phi_slope: Any
 
@@ -95,6 +98,8 @@ class Facts(NamedTuple):
     teacher_entropy: Any  #: of p^
     label_log_prob: Any  #: log q_y at temperature 1
     log_z: Any  #: logsumexp of the student's logits, at temperature 1
+    gap_head: Any  #: sum |q - p| over the teacher's head (adaptive_kl), a constant
+    gap_tail: Any  #: the same over all other columns
 
 
 class Slopes(NamedTuple):
@@ -222,7 +227,7 @@ def facts(sums, label, inv_temperature, NEEDS: tl.constexpr):
     log_z = tl.where(odds > 0, s_label - label_log_prob, sums.m_s + (log_c - cool_rest))
     f = Facts(
         u, v, log_q, log_rest, log_sigmoid(v), log_sigmoid(-v), qp, pq, entropy, entropy_t,
-        label_log_prob, log_z,
+        label_log_prob, log_z, sums.gap_head, sums.gap_tail,
     )  # fmt: skip
     return f, Row(
         label, is_nan, no_teacher, no_student, ratio, mean, log_d, log_dt, tl.exp(cool_rest),
@@ -441,7 +446,7 @@ def gradient_bound(
     f, row = facts(sums, label, inv_temperature, NEEDS)
     S, is_inf = objective(f, row, x, TERMS, PHIS)
     masses = tl.abs(S.u) + tl.abs(S.log_q) + tl.abs(S.log_rest) + tl.abs(S.pq) + tl.abs(S.phi)
-    size = tl.abs(S.qp) * (f.qp + 1) + tl.abs(S.entropy) * (f.entropy + 1) + masses
+    size = times(tl.abs(S.qp), f.qp + 1) + times(tl.abs(S.entropy), f.entropy + 1) + masses
     size = inv_temperature * (tl.where(is_inf, INF, size) + (16.0 if len(PHIS) > 0 else 0.0))
     bound = size + tl.abs(S.label_log_prob) + tl.abs(S.log_z)
     return tl.where((label == IGNORED) | row.is_nan | ~(bound < INF), 0.0, bound)

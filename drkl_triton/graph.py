@@ -76,7 +76,7 @@ class DivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None):
-        sums, loss, denominator, fields = ops.divergence(list(tensors), *call)
+        sums, loss, denominator, fields = ops.divergence(*tensors, *call)
         x = Inputs(*tensors)
         if call.reduction != "mean":
             denominator = None
@@ -96,7 +96,7 @@ class DivergenceFunction(torch.autograd.Function):
             call = ctx.call
             with torch.no_grad():
                 dstudent = ops.divergence_backward(
-                    tensors, denominator, sums, upstream.to(sums.dtype), call.V, call.objective,
+                    *tensors, denominator, sums, upstream.to(sums.dtype), call.V, call.objective,
                     call.needs, call.backend,
                 )  # fmt: skip
             dstudent = _first_order(dstudent, tensors[0], upstream)
@@ -142,7 +142,7 @@ class LinearCall(NamedTuple):
 
 def _linear(call: LinearCall, tensors, upstream=None, sums=None):
     call = call._replace(wanted=list(call.wanted))
-    return ops.linear(list(tensors), upstream, sums, *call)
+    return ops.linear(*tensors, upstream, sums, *call)
 
 
 def _row_losses(call: LinearCall, tensors, sums: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         student, teacher, heads.teacher_logits, options.vocab_mismatch, objective.needs_teacher
     )
     has_teacher = heads.teacher_hidden is not None or heads.teacher_logits is not None
-    _checks.labels_given(objective, labels)
+    _checks.labels_given(name, objective, labels)
     _checks.rows(labels, options.weight, options.shift, hidden, "student_hidden")
     _checks.parameters(objective, hidden, "student_hidden")
     _checks.teacher_support(options.support, has_teacher)

@@ -34,6 +34,7 @@ __all__ = [
     "Formula",
     "Objective",
     "Slopes",
+    "adaptive_kl",
     "alpha_beta",
     "check",
     "cross_entropy",
@@ -51,6 +52,7 @@ __all__ = [
     "skew_reverse_kl",
     "symmetric_kl",
     "target_kl",
+    "teacher_entropy",
     "times",
     "tl",
     "total_variation",
@@ -120,6 +122,27 @@ def entropy(f):
     q, rest = tl.exp(f.log_q), tl.exp(f.log_rest)
     loss = whole_entropy(f.log_q, f.log_rest, f.entropy)
     return Slopes(loss, u=times(q * rest, -(f.u + f.entropy)), entropy=rest)
+
+
+@separable
+def teacher_entropy(f):
+    """-sum p log p: a constant, as far as the student goes."""
+    return Slopes(whole_entropy(f.log_p, f.log_p_rest, f.teacher_entropy))
+
+
+@separable(fraction=("head",))
+def adaptive_kl(f, head=0.5):
+    """w KL(p || q) + (1 - w) KL(q || p), with w the head's part of sum |p - q|, a constant for the
+    gradient (AKL, arXiv 2404.02657). The teacher's head is the fewest of its most likely columns
+    that have the mass ``head``; those within 1e-6 of the last one's log-probability are in it.
+    """
+    total = f.gap_head + f.gap_tail
+    w = tl.where(total == 0, 0.5, f.gap_head / tl.where(total == 0, 1.0, total))
+    r, k = reverse_kl(f), forward_kl(f)
+    return Slopes(
+        times(1.0 - w, r.loss) + times(w, k.loss), times(1.0 - w, r.u), w * k.log_q, w * k.log_rest,
+        qp=(1.0 - w) * r.qp, pq=w * k.pq,
+    )  # fmt: skip
 
 
 @separable(positive=("threshold", "forward"))
@@ -192,6 +215,20 @@ def skew_reverse_kl(log_q, log_p, alpha=0.1):
     _, log_m = mixture(q, p, 1.0 - alpha)
     value = q * (log_q - log_m)
     return value, value + q * (1.0 - alpha * tl.exp(log_q - log_m))
+
+
+@pointwise
+def masses_above(log_q, log_p, low, high):
+    """Those of p from either threshold on, not a divergence: see _loss.py."""
+    p = tl.exp(log_p)
+    return tl.where(log_p >= low, p, 0.0), tl.where(log_p >= high, p, 0.0)
+
+
+@pointwise
+def gaps(log_q, log_p, threshold):
+    """|q - p| from the threshold on and below it, not a divergence: see _loss.py."""
+    gap = tl.abs(tl.exp(log_q) - tl.exp(log_p))
+    return tl.where(log_p >= threshold, gap, 0.0), tl.where(log_p >= threshold, 0.0, gap)
 
 
 @pointwise

@@ -2,8 +2,8 @@
 
 The ops are what ``torch.compile`` sees: opaque calls with fake implementations. They take the
 logits as they come and find the rows inside, so that strides never end in a compiled graph. None of
-them writes to its inputs or waits for the device. Tensors come as one list, in the order of a
-NamedTuple here; an objective comes as its key and its parameters (_objective.py).
+them writes to its inputs or waits for the device. An objective comes as its key and its parameters
+(_objective.py).
 """
 
 from __future__ import annotations
@@ -91,6 +91,16 @@ def _as_written(filter_value, logits):
     return filter_value.to(logits.dtype).to(filter_value.dtype)
 
 
+def _schema(inputs: type, rest: str, returns: str) -> str:
+    """Of an op that takes the tensors of a NamedTuple, one after the other (in a list torch.func's
+    transforms would not see them), and then the rest.
+    """
+    hints = inputs.__annotations__.items()
+    optional = {name: "None" in getattr(hint, "__forward_arg__", hint) for name, hint in hints}
+    tensors = (f"Tensor{'?' * maybe} {name}" for name, maybe in optional.items())
+    return f"({', '.join(tensors)}, {rest}) -> {returns}"
+
+
 class Inputs(NamedTuple):
     """Of the losses from logits."""
 
@@ -104,6 +114,12 @@ class Inputs(NamedTuple):
     num_items: Tensor | None
 
 
+def _parts(inputs: type, arguments: tuple):
+    """(the tensors by name, the rest of an op's arguments)."""
+    count = len(inputs._fields)
+    return inputs(*arguments[:count]), arguments[count:]
+
+
 def _logits_loss(x, V, objective, needs, backend):
     teacher = x.student if x.teacher is None else x.teacher
     return Loss(
@@ -115,15 +131,18 @@ def _logits_loss(x, V, objective, needs, backend):
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence",
     mutates_args=(),
-    schema="(Tensor?[] inputs, SymInt V, str objective, int needs, bool metrics, str reduction, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=_schema(
+        Inputs,
+        "SymInt V, str objective, int needs, bool metrics, str reduction, str backend",
+        "(Tensor, Tensor, Tensor, Tensor)",
+    ),
 )
-def divergence(inputs, V, objective, needs, metrics, reduction, backend):
-    """(sums [14, N], the loss [N] or reduced, the denominator of a mean without num_items, the
+def divergence(*arguments):
+    """(sums [16, N], the loss [N] or reduced, the denominator of a mean without num_items, the
     fields of RowMetrics [7, N]); of the last two no elements where there is none. needs: the sums
     (bits of facts.py) of objective and metrics.
     """
-    x = Inputs(*inputs)
+    x, (V, objective, needs, metrics, reduction, backend) = _parts(Inputs, arguments)
     loss, student, teacher = _logits_loss(x, V, objective, needs, backend)
     parts = loss.sum_parts(student, teacher, x.label, x.parameters)
     sums, result, denominator, fields = loss.launchers.row_losses(
@@ -136,8 +155,8 @@ def divergence(inputs, V, objective, needs, metrics, reduction, backend):
 
 
 @divergence.register_fake
-def _(inputs, V, objective, needs, metrics, reduction, backend):
-    x = Inputs(*inputs)
+def _(*arguments):
+    x, (V, objective, needs, metrics, reduction, backend) = _parts(Inputs, arguments)
     N, empty = x.label.numel(), x.inv_temperature.new_empty
     denominator = empty(()) if reduction == "mean" and x.num_items is None else empty(0)
     loss = empty((N,) if reduction == "none" else ())
@@ -152,12 +171,17 @@ def _(inputs, V, objective, needs, metrics, reduction, backend):
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
-    schema="(Tensor?[] inputs, Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, "
-    "str objective, int needs, str backend) -> Tensor",
+    schema=_schema(
+        Inputs,
+        "Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, str objective, int needs, "
+        "str backend",
+        "Tensor",
+    ),
 )
-def divergence_backward(inputs, denominator, sums, upstream, V, objective, needs, backend):
+def divergence_backward(*arguments):
     """The gradient of the student's logits, contiguous. upstream [N] or 0-dim."""
-    x = Inputs(*inputs)
+    x, rest = _parts(Inputs, arguments)
+    denominator, sums, upstream, V, objective, needs, backend = rest
     loss, student, teacher = _logits_loss(x, V, objective, needs, backend)
     out = loss.gradient(
         student, teacher, x.label, x.parameters, sums, upstream, x.weight, denominator
@@ -166,8 +190,8 @@ def divergence_backward(inputs, denominator, sums, upstream, V, objective, needs
 
 
 @divergence_backward.register_fake
-def _(inputs, denominator, sums, upstream, V, objective, needs, backend):
-    student = Inputs(*inputs).student
+def _(*arguments):
+    student = arguments[0]
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
@@ -244,20 +268,23 @@ class LinearInputs(NamedTuple):
 @torch.library.custom_op(
     f"{NAMESPACE}::linear",
     mutates_args=(),
-    schema="(Tensor?[] inputs, Tensor? upstream, Tensor? sums, ScalarType student_dtype, "
-    "ScalarType? teacher_dtype, SymInt V, str objective, int needs, bool[] wanted, bool may_skip, "
-    "SymInt? chunk_bytes, str backend) -> Tensor[]",
+    schema=_schema(
+        LinearInputs,
+        "Tensor? upstream, Tensor? sums, ScalarType student_dtype, ScalarType? teacher_dtype, "
+        "SymInt V, str objective, int needs, bool[] wanted, bool may_skip, SymInt? chunk_bytes, "
+        "str backend",
+        "Tensor[]",
+    ),
 )
-def linear(
-    inputs, upstream, sums, student_dtype, teacher_dtype, V, objective, needs, wanted, may_skip,
-    chunk_bytes, backend,
-):  # fmt: skip
-    """[sums [14, N], d hidden, d weight, d bias] (slices.walk), in the accumulator's dtype; with
+def linear(*arguments):
+    """[sums [16, N], d hidden, d weight, d bias] (slices.walk), in the accumulator's dtype; with
     ``sums`` given the first, and what is not ``wanted`` of the others, has no elements.
 
     The dtypes are those of the matrix products: autocast's, where it is on.
     """
-    x = LinearInputs(*inputs)
+    x, rest = _parts(LinearInputs, arguments)
+    upstream, sums, student_dtype, teacher_dtype, V, objective, needs, *rest = rest
+    wanted, may_skip, chunk_bytes, backend = rest
 
     def head(hidden, weight, bias, scale, softcap, dtype):
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -290,11 +317,9 @@ def linear(
 
 
 @linear.register_fake
-def _(
-    inputs, upstream, sums, student_dtype, teacher_dtype, V, objective, needs, wanted, may_skip,
-    chunk_bytes, backend,
-):  # fmt: skip
-    x = LinearInputs(*inputs)
+def _(*arguments):
+    x, (upstream, sums, *rest) = _parts(LinearInputs, arguments)
+    wanted = rest[5]
     shapes = [
         (SUMS, x.label.numel()) if sums is None else (0,),
         *(
@@ -317,12 +342,9 @@ def count_flops():
             registry.setdefault(op, _linear_flops)
 
 
-def _linear_flops(
-    inputs, upstream, sums, student_dtype, teacher_dtype, V, objective, needs, wanted, *args,
-    out_val=None, **kwargs,
-):  # fmt: skip
+def _linear_flops(*arguments, out_val=None, **kwargs):
     """Of the matrix products: both models' logits, d hidden and d weight."""
-    x = LinearInputs(*inputs)
+    x, (upstream, sums, _, _, V, _, _, wanted, *_) = _parts(LinearInputs, arguments)
     products = (sums is None or upstream is not None) + sum(wanted[:2]) * (upstream is not None)
     width = x.student_hidden.shape[-1] * products
     if x.teacher_hidden is not None:

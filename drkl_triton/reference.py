@@ -195,6 +195,23 @@ def _gated_kl(r: _Rows, threshold, forward) -> Tensor:
     return _reverse_kl(r) + gate * _forward_kl(r)
 
 
+def _adaptive_kl(r: _Rows, head) -> Tensor:
+    q, p = r.log_q.detach().exp(), r.log_p.exp()
+    ranked, order = p.sort(-1, descending=True)
+    before = ranked.cumsum(-1) - ranked
+    in_head = torch.zeros_like(p, dtype=torch.bool).scatter(
+        -1, order, before < _column(torch.as_tensor(head, dtype=p.dtype))
+    )
+    gap = (q - p).abs()
+    total = gap.sum(-1)
+    w = torch.where(total == 0, 0.5, (gap * in_head).sum(-1) / torch.where(total == 0, 1.0, total))
+    return w * _forward_kl(r) + (1 - w) * _reverse_kl(r)
+
+
+def _teacher_entropy(r: _Rows) -> Tensor:
+    return _entropy(r, teacher=True) + 0.0 * torch.where(r.s.isfinite(), r.s, 0.0).sum(-1)
+
+
 def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
     """torch.logaddexp has a NaN gradient where both are -inf."""
     nothing = (x == -INF) & (y == -INF)
@@ -283,6 +300,8 @@ _ROWS = {
     "z_loss": (_z_loss, set()),
     "entropy": (_entropy, set()),
     "gated_kl": (_gated_kl, {TEACHER, STUDENT}),
+    "teacher_entropy": (_teacher_entropy, set()),
+    "adaptive_kl": (_adaptive_kl, {TEACHER, STUDENT}),
     "jensen_shannon": (_jensen_shannon, set()),
     "skew_kl": (_skew_kl, set()),
     "skew_reverse_kl": (_skew_reverse_kl, set()),
@@ -417,7 +436,7 @@ def _of_formula(formula, r: _Rows, parameters) -> Tensor:
     at_label = log_softmax(r.s).gather(-1, r.y[..., None])[..., 0]
     f = facts.Facts(
         u, v, logsigmoid(u), logsigmoid(-u), logsigmoid(v), logsigmoid(-v), qp, pq, *entropies,
-        at_label, torch.logsumexp(r.s, -1),
+        at_label, torch.logsumexp(r.s, -1), None, None,
     )  # fmt: skip
     return formula.function(f, *parameters).loss
 
@@ -435,7 +454,7 @@ def _loss(builder):
         own = {name: options.pop(name) for name in names if name in options}
         return divergence(builder(**own), student_logits, teacher_logits, labels, **options)
 
-    names = ("gamma", "forward", "alpha", "beta", "threshold")
+    names = ("gamma", "forward", "alpha", "beta", "threshold", "head")
     loss.__name__, loss.__doc__ = builder.__name__, builder.__doc__
     return loss
 
@@ -446,6 +465,7 @@ forward_kl = _loss(objectives.forward_kl)
 mixed_kl = _loss(objectives.mixed_kl)
 dkd = _loss(objectives.dkd)
 js_divergence = _loss(objectives.js_divergence)
+adaptive_kl = _loss(objectives.adaptive_kl)
 skew_kl = _loss(objectives.skew_kl)
 skew_reverse_kl = _loss(objectives.skew_reverse_kl)
 total_variation = _loss(objectives.total_variation)

@@ -287,7 +287,7 @@ def walk(
     may_skip: bool,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(sums [14, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
+    """(sums [16, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
 
     teacher: its head, its logits [..., V], or None. label int64 [N]; parameters of the objective
     [P, N] or [P, 1]. upstream [N]: the gradient of each

@@ -209,7 +209,7 @@ def row_sums(
     needs: int,
     filter_value: Tensor | None = None,
 ) -> Tensor:
-    """The table of sums [14, N] (kernels/row_sums.py). Rows that are not read hold 0."""
+    """The table of sums [16, N] (kernels/row_sums.py). Rows that are not read hold 0."""
     N, acc, device = label.numel(), inv_temperature.dtype, label.device
     sums = torch.zeros(SUMS, N, dtype=acc, device=device)
     unread = (label == IGNORED) | (label == INVALID)
@@ -332,7 +332,7 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
 
 
 def _sum_carefully(s, t, label, scale, buffers, filter_value, needs):
-    """Sums [14, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
+    """Sums [16, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
     x, z, q, p, spare = buffers
     x.copy_(s)
     z.copy_(t)
@@ -371,7 +371,7 @@ def _sum_carefully(s, t, label, scale, buffers, filter_value, needs):
         g = total(p, z, absent_t)
     care = torch.where(missing, MISSING, torch.ones_like(a))
     none = torch.zeros_like(a)
-    found = Sums(m_s, d_s, a, h, m_t, d_t, b, g, c, s_label, t_label, care, none, none)
+    found = Sums(m_s, d_s, a, h, m_t, d_t, b, g, c, s_label, t_label, care, none, none, none, none)
     return torch.stack(found)
 
 
@@ -523,7 +523,7 @@ def row_phi(
 
 
 def row_sum_parts(*args, **flags) -> Tensor:
-    """``row_sums`` as the one share that it is, [1, 14, N]."""
+    """``row_sums`` as the one share that it is, [1, 16, N]."""
     return row_sums(*args, **flags)[None]
 
 
@@ -555,7 +555,7 @@ def row_losses(
     metrics: bool,
     reduction: str,
 ):
-    """(sums, result, denominator, fields) (kernels/row_map.py); parts [1, 14, N]."""
+    """(sums, result, denominator, fields) (kernels/row_map.py); parts [1, 16, N]."""
     (sums,) = parts
     formulas = formula_arguments(sums, label, inv_temperature, parameters)
     out = facts.losses(*formulas, program.terms, program.phis, needs, metrics)

@@ -59,17 +59,25 @@ def device_function(function, language=tl):
     copy.__module__ = function.__module__
     loaded = (i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL")
     for name in dict.fromkeys(loaded):
-        value = function.__globals__.get(name)
-        value = getattr(value, "function", value)  # a divergence
-        if value is facts.tl:
-            names[name] = language
-        elif isinstance(value, types.FunctionType):
-            names[name] = device_function(value, language)
-        elif isinstance(value, int | float):
-            names[name] = tl.constexpr(value)
-        elif isinstance(value, type) and issubclass(value, tuple):
-            names[name] = value
+        if name in function.__globals__:
+            names[name] = _on_device(function.__globals__[name], language)
     return triton.jit(copy)
+
+
+def _on_device(value, language):
+    """What a device function sees in place of a global."""
+    value = getattr(value, "function", value)  # a divergence
+    if value is facts.tl:
+        return language
+    if isinstance(value, types.FunctionType):
+        return device_function(value, language)
+    if isinstance(value, int | float):
+        return tl.constexpr(value)
+    if isinstance(value, types.ModuleType):
+        module = types.ModuleType(value.__name__)
+        module.__getattr__ = lambda name: _on_device(getattr(value, name), language)
+        return module
+    return value  # a NamedTuple; Triton refuses anything else
 
 
 losses = device_function(facts.losses)

@@ -166,10 +166,10 @@ def row_losses(
     parts, label, inv_temperature, parameters, weight, num_items, *, program, needs, metrics,
     reduction,
 ):  # fmt: skip
-    """Launch the losses. parts [splits, 14, N] (row_sums); parameters [P, N] or [P, 1] of the
+    """Launch the losses. parts [splits, 16, N] (row_sums); parameters [P, N] or [P, 1] of the
     program (_objective.Program); weight [N]; num_items 0-dim.
 
-    Returns (sums [14, N], the result [N] or 0-dim, its denominator if it has one, fields [7, N] if
+    Returns (sums [16, N], the result [N] or 0-dim, its denominator if it has one, fields [7, N] if
     ``metrics``).
     """
     (splits, _, N), acc, where = parts.shape, inv_temperature.dtype, label.device

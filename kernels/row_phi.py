@@ -1,6 +1,6 @@
 """The second sweep of an objective with pointwise terms: what they and their slopes sum up to.
 
-    sums[12:14, row] = sum phi(log q_k, log p_k), sum dphi/dlog q_k    over the columns k != label
+    sums[14:16, row] = sum phi(log q_k, log p_k), sum dphi/dlog q_k    over the columns k != label
 
 from the first sweep's sums, which normalise q and p. Reads 2 N V elements. With SPLIT every program
 sums its share.
@@ -90,7 +90,7 @@ def row_phi(
     student, teacher, label, inv_temperature, parameters, sums, V, *, phis, filter_value=None,
     splits=None,
 ):  # fmt: skip
-    """Launch the sweep, which fills in the last two rows of ``sums`` [14, N]."""
+    """Launch the sweep, which fills in the last two rows of ``sums`` [16, N]."""
     N, acc = label.numel(), inv_temperature.dtype
     if N == 0:
         return

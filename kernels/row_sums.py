@@ -5,9 +5,9 @@
     sums[11, row]    = care: 0 where every logit is finite; 1 where one of these columns is -inf,
                        say, so that the gradient needs a select, too; 2 where the teacher is -inf at
                        one where the student's logit is not (its mass may have underflowed)
-    sums[12:14, row] = 0; the place of row_phi.py's sums
+    sums[12:16, row] = 0; the place of later sweeps' sums
 
-Reads 2 N V elements (a row that needs care may be read twice), writes 14 N. With SPLIT every
+Reads 2 N V elements (a row that needs care may be read twice), writes 16 N. With SPLIT every
 program writes the sums of its share and merge_sums_kernel adds them up.
 """
 
@@ -198,7 +198,7 @@ def merge_parts(
     t_label = tl.load(last + (STATE + 1) * N, mask=row < N, other=0.0)
     care = tl.max(x.care, axis=0)
     none = s_label * 0
-    return Sums(*S, s_label, t_label, care, none, none)
+    return Sums(*S, s_label, t_label, care, none, none, none, none)
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def row_sum_parts(
     """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
     [N]; inv_temperature 0-dim; needs: the bits of facts.py that say what is summed; filter_value
     0-dim: leave out the columns where the teacher's logit is at most this. Returns the sums of
-    every program's share, [splits, 14, N].
+    every program's share, [splits, 16, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.scan_splits, splits=splits)
@@ -257,7 +257,7 @@ def row_sum_parts(
 
 
 def row_sums(student, teacher, label, inv_temperature, V, *, needs, **options):
-    """``row_sum_parts``, merged: [14, N]."""
+    """``row_sum_parts``, merged: [16, N]."""
     parts = row_sum_parts(student, teacher, label, inv_temperature, V, needs=needs, **options)
     splits, acc = parts.shape[0], parts.dtype
     if splits == 1 or label.numel() == 0:

@@ -105,6 +105,14 @@ def entropy(r):
     return [(r.q, (r.log_q.abs() + h) * (1 + r.log_q.abs()))]
 
 
+def adaptive_kl(r):
+    """Also the gaps' errors, which move the weight of two sums that may be of any size."""
+    kl = ((r.q - r.p) * (r.log_q - r.log_p)).sum(-1, keepdim=True).abs()
+    pairs = reverse_kl(r) + forward_kl(r)
+    ratio = r.q * (r.log_q - r.log_p).abs() + r.q + r.p
+    return [*pairs, (ratio, 1 + kl)]
+
+
 def of_columns(r, pairs):
     """Of a pointwise divergence, from the pairs of its slopes: q_k times their sum besides."""
     total = sum(torch.where(m == 0, 0.0, m * t).sum(-1, keepdim=True) for m, t in pairs)
@@ -158,7 +166,7 @@ class Loss:
         return own, {k: v for k, v in options.items() if k not in PARAMETERS}
 
 
-PARAMETERS = ("gamma", "forward", "alpha", "beta", "threshold")
+PARAMETERS = ("gamma", "forward", "alpha", "beta", "threshold", "head")
 
 
 def _mix():
@@ -184,6 +192,7 @@ LOSSES = {
     "cross_entropy": Loss(o.cross_entropy, cross_entropy, "cross_entropy", "must"),
     "z_loss": Loss(o.z_loss, z_loss),
     "entropy": Loss(o.entropy, entropy),
+    "adaptive_kl": Loss(o.adaptive_kl, adaptive_kl, "adaptive_kl", weights=lambda **_: 2.0),
     "gated_kl": Loss(o.gated_kl, _sum(reverse_kl, forward_kl), weights=lambda **_: 2.0),
     "js_divergence": Loss(o.js_divergence, mixtures, "js_divergence"),
     "skew_kl": Loss(o.skew_kl, mixtures, "skew_kl"),

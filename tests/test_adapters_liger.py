@@ -15,7 +15,9 @@ def inputs():
     teacher, matrix = torch.randn(N, K), torch.randn(V, K)
     labels = torch.randint(V, (N,))
     labels[2:4] = -100
-    return [x.double().requires_grad_(k < 2) for k, x in enumerate((hidden, weight, teacher, matrix))] + [labels]
+    return [
+        x.double().requires_grad_(k < 2) for k, x in enumerate((hidden, weight, teacher, matrix))
+    ] + [labels]
 
 
 def jsd(student, teacher, beta):

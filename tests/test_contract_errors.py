@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import typing
 from fractions import Fraction
 
+import losses
 import numpy as np
 import pytest
 import torch
@@ -306,7 +308,13 @@ def test_temperature_of_softmax(function, value, error, came):
 
 @positive
 def test_gamma(value, error, came):
-    must_raise(error, ["gamma", "positive", came, DO], of, "drkl", gamma=value)
+    if isinstance(value, torch.Tensor) and value.dim():  # may be one per token, which this is not
+        words = ["gamma", r"leading shape .*\(3,\)|got \(", DO]
+        must_raise(error, words, of, "drkl", gamma=torch.ones(7))
+    elif isinstance(value, torch.Tensor) and value.is_complex():
+        must_raise(TypeError, ["gamma", "positive", "complex", DO], of, "drkl", gamma=value)
+    else:
+        must_raise(error, ["gamma", "positive", came, DO], of, "drkl", gamma=value)
 
 
 @pytest.mark.parametrize("option", ["gamma", "temperature"])
@@ -424,6 +432,11 @@ def test_modules_check_their_options(module, options, error):
 
 @positive
 def test_module_checks_gamma(value, error, came):
+    if isinstance(value, torch.Tensor):
+        if not value.is_complex():
+            DRKLLoss(gamma=value)  # may be one per token
+            return
+        error = TypeError
     must_raise(error, ["gamma", "positive", came], DRKLLoss, gamma=value)
 
 
@@ -482,10 +495,10 @@ def test_signature(function, positional, keyword):
 @pytest.mark.parametrize(
     "function, options",
     [
-        (reverse_kl, _options.Options),
-        (drkl, _options.DRKLOptions),
-        (linear_reverse_kl, _options.LinearOptions),
-        (linear_drkl, _options.LinearDRKLOptions),
+        (reverse_kl, _options.Keywords),
+        (drkl, _options.Keywords),
+        (linear_reverse_kl, _options.LinearKeywords),
+        (linear_drkl, _options.LinearKeywords),
     ],
 )
 def test_options_for_type_checkers_are_those_of_the_signature(function, options):
@@ -495,9 +508,28 @@ def test_options_for_type_checkers_are_those_of_the_signature(function, options)
         if p.kind == inspect.Parameter.KEYWORD_ONLY
     }
     assert keyword.pop("return_metrics") == "bool"
-    typed = options.__annotations__.items()
-    assert {name: hint.__forward_arg__ for name, hint in typed} == keyword
-    assert "Any" not in inspect.signature(function).return_annotation
+    keyword.pop("gamma", None)
+    assert typing.get_type_hints(options) == {
+        name: eval(hint, {"Tensor": torch.Tensor}) for name, hint in keyword.items()
+    }
+
+
+def test_every_parameter_is_known_to_type_checkers():
+    own = typing.get_type_hints(_options.OwnParameters)
+    for name, loss in losses.LOSSES.items():
+        if loss.function and name != "cross_entropy":
+            keyword = inspect.signature(getattr(drkl_triton, loss.function)).parameters
+            extra = keyword.keys() - {"student_logits", "teacher_logits", "labels"}
+            assert extra - set(_options.Options._fields) <= own.keys()
+
+
+def test_no_public_function_returns_any():
+    """Nor a module's forward."""
+    for name in drkl_triton.__all__:
+        thing = getattr(drkl_triton, name)
+        for function in (thing, getattr(thing, "forward", None)):
+            returned = getattr(function, "__annotations__", {}).get("return", "")
+            assert "Any" not in str(returned), name
 
 
 DOCUMENTED = {

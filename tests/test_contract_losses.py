@@ -600,7 +600,7 @@ def test_metrics(loss, truth, name):
     value, metrics = loss(s.requires_grad_(), t, y, **options)
     close(metrics, truth(s, t, y, **options)[1])
     assert isinstance(metrics, RowMetrics) and metrics._fields == FIELDS
-    assert FIELDS == ("loss", *TARGET_FIELDS, "student_entropy", "counted")
+    assert FIELDS == ("loss", *TARGET_FIELDS, "student_entropy", "teacher_entropy", "counted")
     assert torch.equal(metrics.counted, weight != 0)
     assert value.requires_grad and not any(x is not None and x.requires_grad for x in metrics)
     # unweighted, except that weight 0 ignores the row
@@ -636,6 +636,7 @@ def test_metrics_by_hand(loss, name):
     close(metrics.student_target_prob, q_y)
     close(metrics.teacher_target_prob, p_y)
     close(metrics.student_entropy, -(q * q.log()).sum(-1))
+    close(metrics.teacher_entropy, -(p * p.log()).sum(-1))
     target = q_y * (q_y / p_y).log() + (1 - q_y) * ((1 - q_y) / (1 - p_y)).log()
     close(metrics.target_kl, target, 1e-9)
     rest = torch.arange(V) != y[:, None]

@@ -46,6 +46,8 @@ from drkl_triton.adapters import distillm
 h, w, tl = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
 batch = {"label": y}
 given = {"teacher_logits": tl}
+objectives = drkl_triton.objectives
+mix = 0.5 * objectives.js_divergence(0.3) + objectives.dkd() + 0.1 * objectives.cross_entropy()
 PUBLIC = {
     "softmax": lambda s, h, w, **o: softmax(s, **o),
     "log_softmax": lambda s, h, w, **o: log_softmax(s, **o),
@@ -63,9 +65,27 @@ PUBLIC = {
     "LinearDRKLLoss": lambda s, h, w, **o: drkl_triton.LinearDRKLLoss(recompute=True, **o)(
         h, w, y, **given
     ),
+    "divergence": lambda s, h, w, **o: drkl_triton.divergence(mix, s, t, y, **o),
+    "DivergenceLoss": lambda s, h, w, **o: drkl_triton.DivergenceLoss(mix, **o)(s, t, y),
+    "linear_divergence": lambda s, h, w, **o: drkl_triton.linear_divergence(
+        mix, h, w, y, **given, **o
+    ),
+    "LinearDivergenceLoss": lambda s, h, w, **o: drkl_triton.LinearDivergenceLoss(mix, **o)(
+        h, w, y, **given
+    ),
+    "alpha_beta": lambda s, h, w, **o: drkl_triton.alpha_beta(s, t, alpha=0.5, beta=0.3, **o),
+    "cross_entropy": lambda s, h, w, **o: drkl_triton.cross_entropy(s, y, **o),
+    "objectives": lambda s, h, w, **o: drkl_triton.divergence(objectives.z_loss(), s, **o),
     "reference": lambda s, h, w, **o: drkl_triton.reference.drkl(s, t, y),
     "RowMetrics": lambda s, h, w, **o: drkl(s, t, y, return_metrics=True, **o)[0],
 }
+def call(name):
+    return lambda s, h, w, **o: getattr(drkl_triton, name)(s, t, y, **o)
+for name in (
+    "adaptive_kl", "dkd", "forward_kl", "js_divergence", "mixed_kl", "skew_kl", "skew_reverse_kl",
+    "total_variation",
+):
+    PUBLIC[name] = call(name)
 if PUBLIC.keys() | {"__version__"} != set(drkl_triton.__all__):
     raise SystemExit("not every public name is tried")
 PUBLIC["distillm.reverse_kl"] = lambda s, h, w, **o: distillm.reverse_kl(s, t, batch, **o)

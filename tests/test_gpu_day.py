@@ -166,8 +166,8 @@ def sweep(folder, *arguments):
 def test_a_wrong_tile_is_flagged_and_not_proposed(tmp_path, monkeypatch, capsys):
     grad = tune.kernels.row_grad
 
-    def wrong(*arguments):
-        out = grad(*arguments)
+    def wrong(*arguments, **flags):
+        out = grad(*arguments, **flags)
         return out * 1.01 if tune.tuning.choose().lanes == 64 else out
 
     with monkeypatch.context() as patch:
@@ -182,10 +182,10 @@ def test_a_wrong_tile_is_flagged_and_not_proposed(tmp_path, monkeypatch, capsys)
 def test_a_tile_that_fails_is_noted(tmp_path, monkeypatch):
     grad = tune.kernels.row_grad
 
-    def failing(*arguments):
+    def failing(*arguments, **flags):
         if tune.tuning.choose().splits == 2:
             raise RuntimeError("out of resources")
-        return grad(*arguments)
+        return grad(*arguments, **flags)
 
     monkeypatch.setattr(tune.kernels, "row_grad", failing)
     status, rows = sweep(tmp_path)

@@ -288,7 +288,10 @@ def test_maxima_may_come_late(rise, who, dtype, backend):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=5e-6, msg=field)
 
 
-IMPLEMENTATIONS = {"tiled": tiled.row_sums, "triton": partial(kernels.row_sums, splits=1)}
+IMPLEMENTATIONS = {
+    "tiled": partial(tiled.row_sums, needs=facts.METRICS),
+    "triton": partial(kernels.row_sums, needs=facts.METRICS, splits=1),
+}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -307,14 +310,14 @@ def test_care_is_taken_where_it_is_needed_and_nowhere_else(implementation):
     for dtype in (torch.float32, torch.bfloat16):
         x, z = rows_of(s.to(dtype)), rows_of(t.to(dtype))
         sums = IMPLEMENTATIONS[implementation](x, z, label, ONE, 5001)
-        assert sums[8].tolist() == [0, 1, 2, 1, 1, 1, 0, 0, 0]
+        assert sums[tables.AT.care].tolist() == [0, 1, 2, 1, 1, 1, 0, 0, 0]
     # a label that is out of the sums needs none, wherever it stands and whatever its logit
     for y in (0, 2500, 3000, 5000):
         s, t = torch.randn(1, 5001), torch.randn(1, 5001)
         s[0, y], t[0, y] = 500.0, 80.0
         label = torch.tensor([y])
         sums = IMPLEMENTATIONS[implementation](rows_of(s), rows_of(t), label, ONE, 5001)
-        assert sums[8].item() == 0
+        assert sums[tables.AT.care].item() == 0
         assert sums[[0, 4]].abs().max() < 10
 
 

@@ -91,8 +91,8 @@ def generalized_jsd_loss(
             is sum / num_items_in_batch, whatever ``reduction`` says. A tensor of several elements
             goes to TRL's function.
         kwargs: ``backend``, ``filter_value``, ``support``, ``vocab_mismatch`` of
-            :func:`drkl_triton.js_divergence`, for calls that are fused. With any other the call goes
-            to TRL's function.
+            :func:`drkl_triton.js_divergence`, for calls that are fused. With any other the call
+            goes to TRL's function.
 
     Returns:
         0-dim loss in nats. Fused, it is float32 (float64 where either side is float64) also for
@@ -101,8 +101,8 @@ def generalized_jsd_loss(
         num_items_in_batch of 0 gives 0, where TRL divides by 0.
 
     Raises:
-        TypeError, ValueError: fused, as :func:`drkl_triton.js_divergence`; else TRL's. TypeError for
-            an option of ours in a call that is not fused.
+        TypeError, ValueError: fused, as :func:`drkl_triton.js_divergence`; else TRL's. TypeError
+            for an option of ours in a call that is not fused.
     """
     several = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1
     summed = num_items_in_batch is not None or reduction in ("batchmean", "sum")
