@@ -46,6 +46,7 @@ class tl:
     """What the formulas need of triton.language, of tensors."""
 
     constexpr = bool
+    float64 = torch.float64
     static_range = range
     where, exp, exp2, log, log2 = torch.where, torch.exp, torch.exp2, torch.log, torch.log2
     abs, floor, ceil = torch.abs, torch.floor, torch.ceil

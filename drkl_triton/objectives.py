@@ -11,7 +11,8 @@ kinds:
 - *separable* ones are functions of a few numbers a row, its :class:`Facts`, and say how they move
   with them, in :class:`Slopes`;
 - *pointwise* ones are a sum over the columns of phi(log q_k, log p_k), and give phi and its
-  derivative by log q_k. They read the logits once more in the forward pass.
+  derivative by log q_k. They read the logits once more in the forward pass. To them a
+  log-probability below -1e30 is one of -inf.
 
 Both can be written outside of this package, with :func:`separable` and :func:`pointwise`: the body
 may use arithmetic, comparisons, other such functions and ``tl.exp log where maximum minimum abs``,
@@ -169,17 +170,20 @@ def symmetric_kl():
 # --- pointwise ---
 
 
-def mixture(q, p, of_p):
-    """(of_p p + (1 - of_p) q, its logarithm), a number also where both are 0."""
+def log_mixture(q, p, of_p):
+    """log(of_p p + (1 - of_p) q), a number also where both are 0."""
     m = of_p * p + (1.0 - of_p) * q
-    return m, tl.log(tl.maximum(m, 1e-37))
+    if m.dtype == tl.float64:
+        return tl.log(tl.maximum(m, 1e-300))
+    else:
+        return tl.log(tl.maximum(m, 1e-37))
 
 
 @pointwise
 def jensen_shannon(log_q, log_p, beta):
     """phi of :func:`js_divergence`."""
     q, p = tl.exp(log_q), tl.exp(log_p)
-    _, log_m = mixture(q, p, beta)
+    log_m = log_mixture(q, p, beta)
     slope = (1.0 - beta) * q * (log_q - log_m)
     return slope + beta * p * (log_p - log_m), slope
 
@@ -203,7 +207,7 @@ def js_divergence(beta=0.5):
 def skew_kl(log_q, log_p, alpha=0.1):
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898)."""
     q, p = tl.exp(log_q), tl.exp(log_p)
-    _, log_m = mixture(q, p, alpha)
+    log_m = log_mixture(q, p, alpha)
     ratio = log_p - log_m
     return p * ratio, -(1.0 - alpha) * q * tl.exp(ratio)
 
@@ -212,7 +216,7 @@ def skew_kl(log_q, log_p, alpha=0.1):
 def skew_reverse_kl(log_q, log_p, alpha=0.1):
     """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898)."""
     q, p = tl.exp(log_q), tl.exp(log_p)
-    _, log_m = mixture(q, p, 1.0 - alpha)
+    log_m = log_mixture(q, p, 1.0 - alpha)
     value = q * (log_q - log_m)
     return value, value + q * (1.0 - alpha * tl.exp(log_q - log_m))
 
@@ -253,20 +257,22 @@ def alpha_beta_without_beta(log_q, log_p, alpha):
     """phi of :func:`alpha_beta`, beta = 0."""
     p, q = tl.exp(alpha * log_p), tl.exp(alpha * log_q)
     slope = (q - p) / alpha
-    return (p * (log_p - infinite(log_q, p)) + slope) / alpha, slope
+    value = (p * (log_p - log_q) + slope) / alpha
+    return tl.where(left_out(log_q, log_p), INF, value), slope
 
 
 @pointwise
 def alpha_beta_without_alpha(log_q, log_p, beta):
     """phi of :func:`alpha_beta`, alpha = 0."""
     p, q = tl.exp(beta * log_p), tl.exp(beta * log_q)
-    slope = q * (log_q - infinite(log_p, q))
-    return (slope + (p - q) / beta) / beta, slope
+    slope = q * (log_q - log_p)
+    value = (slope + (p - q) / beta) / beta
+    return tl.where(left_out(log_p, log_q), INF, value), slope
 
 
-def infinite(log_x, mass):
-    """log x, -inf where x is 0 and ``mass`` is not."""
-    return tl.where((log_x == ABSENT) & (mass > 0), -INF, log_x)
+def left_out(log_x, log_y):
+    """Where the one leaves out a column that the other does not."""
+    return (log_x == ABSENT) & (log_y > ABSENT)
 
 
 @pointwise
@@ -274,14 +280,16 @@ def alpha_beta_without_sum(log_q, log_p, alpha):
     """phi of :func:`alpha_beta`, beta = -alpha."""
     x = alpha * (log_p - log_q)
     slope = (1.0 - tl.exp(x)) / alpha
-    return -(x / alpha + slope) / alpha, slope
+    value = -(x / alpha + slope) / alpha
+    return tl.where(left_out(log_q, log_p) | left_out(log_p, log_q), INF, value), slope
 
 
 @pointwise
 def alpha_beta_at_zero(log_q, log_p):
     """phi of :func:`alpha_beta`, alpha = beta = 0."""
     x = log_q - log_p
-    return 0.5 * x * x, x
+    value = 0.5 * x * x
+    return tl.where(left_out(log_q, log_p) | left_out(log_p, log_q), INF, value), x
 
 
 def alpha_beta(alpha, beta):
@@ -292,8 +300,9 @@ def alpha_beta(alpha, beta):
 
     At numbers where that is 0 / 0 it is its limit: alpha = 1, beta = 0 is forward KL, alpha = 0,
     beta = 1 reverse KL. Close to such a number float32 loses digits like 1e-7 / (alpha beta). A
-    tensor is taken to be none of them. Where an exponent is negative, a column that q or p leaves
-    out makes the row infinite or is left out itself.
+    tensor is taken to be none of them. A row is +inf where the teacher (alpha = 0) or the student
+    (beta = 0) leaves out a column that the other does not, and where either does with beta =
+    -alpha; what other negative numbers make of such a column is not defined.
     """
     numbers = not (isinstance(alpha, Tensor) or isinstance(beta, Tensor))
     if numbers and alpha == 0:

@@ -197,11 +197,10 @@ def _gated_kl(r: _Rows, threshold, forward) -> Tensor:
 
 def _adaptive_kl(r: _Rows, head) -> Tensor:
     q, p = r.log_q.detach().exp(), r.log_p.exp()
-    ranked, order = p.sort(-1, descending=True)
+    ranked, _ = p.sort(-1, descending=True)
     before = ranked.cumsum(-1) - ranked
-    in_head = torch.zeros_like(p, dtype=torch.bool).scatter(
-        -1, order, before < _column(torch.as_tensor(head, dtype=p.dtype))
-    )
+    last = torch.where(before < _column(torch.as_tensor(head, dtype=p.dtype)), ranked, 1.0)
+    in_head = p >= last.amin(-1, keepdim=True)
     gap = (q - p).abs()
     total = gap.sum(-1)
     w = torch.where(total == 0, 0.5, (gap * in_head).sum(-1) / torch.where(total == 0, 1.0, total))
@@ -263,26 +262,28 @@ def _alpha_beta(r: _Rows, alpha, beta) -> Tensor:
 
 
 def _without_beta(r: _Rows, alpha) -> Tensor:
-    return r.of_columns(
-        lambda lq, lp: (
-            (lp * alpha).exp() * (lp - lq) / alpha
-            - ((lp * alpha).exp() - (lq * alpha).exp()) / alpha**2
-        )
-    )
+    a = _column(torch.as_tensor(alpha, dtype=r.s.dtype))
+
+    def term(log_q, log_p):
+        p, q = (a * log_p).exp(), (a * log_q).exp()
+        return (_times(p, a * (log_p - log_q), log_p != -INF) - p + q) / a**2
+
+    return r.of_columns(term)
 
 
 def _without_alpha(r: _Rows, beta) -> Tensor:
-    return r.of_columns(
-        lambda lq, lp: (
-            (lq * beta).exp() * (lq - lp) / beta - ((lq * beta).exp() - (lp * beta).exp()) / beta**2
-        )
-    )
+    b = _column(torch.as_tensor(beta, dtype=r.s.dtype))
+
+    def term(log_q, log_p):
+        q, p = (b * log_q).exp(), (b * log_p).exp()
+        return (_times(q, b * (log_q - log_p), log_q != -INF) - q + p) / b**2
+
+    return r.of_columns(term)
 
 
 def _without_sum(r: _Rows, alpha) -> Tensor:
-    return r.of_columns(
-        lambda lq, lp: (lq - lp) / alpha + (((lp - lq) * alpha).exp() - 1) / alpha**2
-    )
+    a = _column(torch.as_tensor(alpha, dtype=r.s.dtype))
+    return r.of_columns(lambda lq, lp: (a * (lq - lp) + (a * (lp - lq)).exp() - 1) / a**2)
 
 
 def _at_zero(r: _Rows) -> Tensor:
@@ -307,10 +308,10 @@ _ROWS = {
     "skew_reverse_kl": (_skew_reverse_kl, set()),
     "total_variation": (_total_variation, set()),
     "general_alpha_beta": (_alpha_beta, set()),
-    "alpha_beta_without_beta": (_without_beta, set()),
-    "alpha_beta_without_alpha": (_without_alpha, set()),
-    "alpha_beta_without_sum": (_without_sum, set()),
-    "alpha_beta_at_zero": (_at_zero, set()),
+    "alpha_beta_without_beta": (_without_beta, {STUDENT}),
+    "alpha_beta_without_alpha": (_without_alpha, {TEACHER}),
+    "alpha_beta_without_sum": (_without_sum, {TEACHER, STUDENT}),
+    "alpha_beta_at_zero": (_at_zero, {TEACHER, STUDENT}),
 }
 
 

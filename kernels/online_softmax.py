@@ -12,8 +12,8 @@ with scale = log2(e) / temperature, so that a, b, h and g are in units of raw lo
 of two that keeps them finite where logits are the lowest finite number (masks are written so):
 facts.py divides by it and by the temperature. The empty state is m = FLOOR, everything else 0,
 where FLOOR is the lowest finite number of the accumulator: no finite logit is below it and, unlike
--inf, it can be subtracted. It is a legal logit, too: what tells an empty state is d = 0. States of disjoint sets
-merge in any order.
+-inf, it can be subtracted. It is a legal logit, too: what tells an empty state is d = 0. States of
+disjoint sets merge in any order.
 
 A state is kept *per lane*: tiles are [LANES, VEC] and every reduction in the loop runs along VEC,
 inside one thread. The lanes are merged once, at the end of the row, so the loop over the vocabulary

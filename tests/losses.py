@@ -33,7 +33,8 @@ class Row:
             torch.where(t == -INF, 0.0, log_p),
         )
         self.q, self.p = log_q.exp() * self.there, log_p.exp() * self.there_t
-        self.labels, self.logits = labels, s
+        self.labels, self.logits, self.temperature = labels, s, temperature
+        self.at_1 = self if temperature == 1 else Row(student, teacher, labels, 1.0)
         if labels is None:
             return
         self.y = y = labels.clamp_min(0)[..., None]
@@ -90,11 +91,18 @@ def dkd(r, alpha=1.0, beta=8.0):
     return r.at_label(pairs, alpha * apart, logs)
 
 
+def untempered(condition):
+    """Of what is at temperature 1, whatever the loss's is."""
+    return lambda r: [(mass, r.temperature * terms) for mass, terms in condition(r.at_1)]
+
+
+@untempered
 def cross_entropy(r):
     pairs = [(r.q, 1 + r.log_q.abs())]
     return r.at_label(pairs, r.log_rest.exp(), 1 + r.log_rest.abs())
 
 
+@untempered
 def z_loss(r):
     z = torch.logsumexp(r.logits, -1, keepdim=True).abs()
     return [(r.q, (1 + 2 * z) * (2 + r.log_q.abs()))]
@@ -242,6 +250,18 @@ def call(module, name):
 
 ours = partial(call, drkl_triton)
 truth = partial(call, reference)
+
+
+def is_defined(name, student, teacher, labels, temperature=1.0, head=0.5):
+    """Whether float32 can tell which columns belong to the head of adaptive_kl."""
+    if name != "adaptive_kl":
+        return True
+    t = teacher.double()
+    p, _ = reference.softmax(t, temperature=temperature).sort(-1, descending=True)
+    before = p.cumsum(-1) - p
+    last = torch.where(before < head, p, 1.0).amin(-1, keepdim=True)
+    near = ((p - last).abs() < 1e-3 * last) & (p != last)
+    return not (near.any() or ((before - head).abs() < 1e-3).any())
 
 
 def condition(name, student, teacher, labels, upstream, *, temperature=1.0, **options):

@@ -5,12 +5,13 @@ a failure again: --hypothesis-seed=N, or the @reproduce_failure line that is pri
 """
 
 import bounds
+import losses
 import pytest
 import torch
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import drkl_triton  # noqa: E402
@@ -72,21 +73,23 @@ def rows(draw, dtype=None, vocabulary=vocabularies, masks=True):
     return student.to(dtypes_of[0]), teacher.to(dtypes_of[1]), labels, upstream
 
 
+@pytest.mark.parametrize("op", losses.LOSSES)
 @properties
 @given(
-    rows(), st.sampled_from(OPS), st.booleans(), st.sampled_from([0.05, 0.5, 3.0]),
+    rows(), st.booleans(), st.sampled_from([0.05, 0.5, 3.0]),
     st.sampled_from([0.3, 1.0, 1.0, 5.0]), backends,
 )  # fmt: skip
-def test_equal_to_the_reference_within_the_bound(data, op, labelled, gamma, temperature, backend):
+def test_equal_to_the_reference_within_the_bound(op, data, labelled, gamma, temperature, backend):
     student, teacher, labels, upstream = data
     options = {"temperature": temperature, "backend": backend}
     if op == "drkl":
         options["gamma"] = gamma
-    elif not labelled:
+    elif not labelled and losses.LOSSES[op].labels != "must":
         labels = None
     if backend == "triton" and torch.bfloat16 in (student.dtype, teacher.dtype):
         # the interpreter truncates to bfloat16
         student = student.to(torch.float32)
+    assume(losses.is_defined(op, student, teacher, labels, temperature))
     excess = bounds.excess(op, student, teacher, labels, upstream, **options)
     assert max(excess) <= 1, excess
 
@@ -109,15 +112,19 @@ def broken(draw):
     return student, teacher, labels, upstream
 
 
+# z_loss squares 3e38; the limits of alpha-beta take -3e38 for -inf, as objectives.py says.
+@pytest.mark.parametrize("op", [op for op in losses.LOSSES if op != "z_loss" and " 0)" not in op])
 @properties
-@given(broken(), st.sampled_from(OPS), st.sampled_from(["full", "teacher"]), backends)
-def test_nan_and_inf_are_where_the_contract_has_them(data, op, support, backend):
+@given(broken(), st.sampled_from(["full", "teacher"]), backends)
+def test_nan_and_inf_are_where_the_contract_has_them(op, data, support, backend):
     """float64, so that nothing under- or overflows on one side alone."""
     student, teacher, labels, upstream = (x.double() if x.is_floating_point() else x for x in data)
     options = {"support": support, "reduction": "none"}
+    if not losses.LOSSES[op].objective().needs_teacher:
+        options.pop("support")
     results = []
     for function, more in (
-        (OURS[op], {"backend": backend}), (getattr(reference, op), {}),
+        (losses.ours(op), {"backend": backend}), (losses.truth(op), {}),
     ):  # fmt: skip
         s = student.clone().requires_grad_()
         loss = function(s, teacher, labels, **options, **more)
