@@ -1,61 +1,120 @@
-"""README's code runs, and what stands beside it is true."""
+"""The code of README and of docs/add-a-divergence.md runs, and what stands beside it is true."""
 
+import csv
+import importlib.util
+import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import drkl_triton
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "examples/README.md", "bench/README.md")),
+]
+README = PAGES[0].read_text(encoding="utf-8")
+V = 37
 
 
-def test_before_and_after_agree():
-    before, after = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    labels = torch.tensor([3, -100, 0, 36])
-    student, teacher = torch.randn(4, 37), torch.randn(4, 37)
+def code_of(page):
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
-    def run(code):
-        names = dict(
-            student_logits=student.clone().requires_grad_(), teacher_logits=teacher, labels=labels
-        )
-        exec(code, names)
-        return names
 
-    old, new = run(before), run(after.split("loss = drkl")[0] + "loss.backward()")
-    torch.testing.assert_close(new["loss"], old["loss"])
-    torch.testing.assert_close(new["student_logits"].grad, old["student_logits"].grad)
-    assert run(after)["student_logits"].grad.isfinite().all()
+class Model(torch.nn.Module):
+    """As much of a Hugging Face model as a training step needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(V, 8), torch.nn.Linear(8, V)
+
+    def forward(self, input_ids):
+        self.logits = self.head(self.embed(input_ids))
+        return self
+
+
+def test_the_training_step_trains_on_the_next_token():
+    step, mixture = code_of(README)
+    student, teacher = Model(), Model()
+    ids = torch.randint(V, (3, 9))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    batches = [{"input_ids": ids, "labels": labels.clone()} for _ in range(40)]
+    names = dict(
+        torch=torch, student=student, teacher=teacher, batches=batches,
+        optimizer=torch.optim.Adam(student.parameters(), lr=0.05),
+    )  # fmt: skip
+
+    def loss():
+        logits = student(ids).logits[:, :-1], teacher(ids).logits[:, :-1]
+        return drkl_triton.reference.drkl(*logits, labels[:, 1:]).item()
+
+    before = loss()
+    exec(step, names)
+    assert loss() < 0.2 * before
+    assert "shift=True" in step
+    names["labels"] = labels
+    exec(mixture, names)
+    assert names["loss"].isfinite()
+
+
+def test_the_page_on_divergences(tmp_path):
+    """Each block as a module, which is where such functions belong."""
+    text = (ROOT / "docs" / "add-a-divergence.md").read_text(encoding="utf-8")
+    student, teacher = torch.randn(4, V).requires_grad_(), torch.randn(4, V)
+    labels = torch.randint(V, (4,))
+    source = "import torch\nfrom inputs_of_the_test import *\n" + "\n".join(code_of(text))
+    inputs = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader("inputs_of_the_test", loader=None)
+    )
+    vars(inputs).update(student_logits=student, teacher_logits=teacher, labels=labels)
+    path = tmp_path / "added.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("added", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(importlib.sys.modules, "inputs_of_the_test", inputs)
+        spec.loader.exec_module(module)
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    hellinger = 1 - (p * q).sqrt().sum(-1)
+    jeffreys = ((p - q) * (p.log() - q.log())).sum(-1)
+    expected = (0.5 * hellinger + 0.5 * jeffreys).mean()
+    assert module.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    module.loss.backward()
+    assert student.grad.isfinite().all()
 
 
 def test_every_public_name_is_documented():
     for name in drkl_triton.__all__:
         if name != "__version__":
-            assert f"`{name}" in README, name
+            assert re.search(rf"`{name}\b", README), name
             assert getattr(drkl_triton, name).__doc__
 
 
 def test_options_are_those_of_the_functions():
-    import inspect
-
-    table = set(re.findall(r"^\| `(\w+)` \| `", README, re.MULTILINE))
+    text = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"^\| `(\w+)` \| `", text, re.MULTILINE))
     for function in (drkl_triton.reverse_kl, drkl_triton.drkl):
         keywords = inspect.signature(function).parameters.values()
         assert {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} - {"gamma"} == table
 
 
-def test_the_commit_that_was_measured_is_named():
-    import csv
-
-    root = Path(__file__).parents[1]
-    for target in set(re.findall(r"\]\((bench/results/[^)]+\.csv)\)", README)):
-        with open(root / target, newline="") as file:
+@pytest.mark.parametrize("page", PAGES[:2] + PAGES[-1:], ids=lambda page: page.name)
+def test_the_commit_that_was_measured_is_named(page):
+    text = page.read_text(encoding="utf-8")
+    for target in set(re.findall(r"\]\(([^)]*bench/results/[^)]+\.csv)\)", text)):
+        with open(page.parent / target, newline="") as file:
             commits = {row["commit"][:7] for row in csv.DictReader(file)}
         for commit in commits:
-            assert f"`{commit}`" in README, (target, commit)
+            assert f"`{commit}`" in text, (target, commit)
 
 
-def test_files_that_are_linked_exist():
-    root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (root / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_linked_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[\w-]*)?\)", text):
+        assert (page.parent / target).exists(), target
