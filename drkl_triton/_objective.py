@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -67,7 +67,11 @@ class Formula:
         _FORMULAS[self.key] = self
         program.cache_clear()
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
+    @overload
+    def __call__(self, facts: Facts, /, *parameters: Any) -> Slopes: ...
+    @overload
+    def __call__(self, *parameters: Parameter, **named: Parameter) -> Objective: ...
+    def __call__(self, *args: Any, **named: Any) -> Slopes | tuple[Tensor, Tensor] | Objective:
         too_many = len(args) > len(self.parameters)
         if args and isinstance(args[0], Facts | _Reader) or self.is_pointwise and too_many:
             return self.function(*args, **named)
@@ -150,13 +154,19 @@ def _decorator(is_pointwise, function, labels, positive, fraction):
     return Formula(function, is_pointwise, labels, ranges)
 
 
+@overload
+def separable(function: Callable[..., Slopes]) -> Formula: ...
+@overload
+def separable(
+    *, labels: bool = False, positive: tuple[str, ...] = (), fraction: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Slopes]], Formula]: ...
 def separable(
     function: Callable | None = None,
     *,
     labels: bool = False,
     positive: tuple[str, ...] = (),
     fraction: tuple[str, ...] = (),
-) -> Any:
+) -> Formula | Callable[..., Formula]:
     """Make a divergence of ``function(facts, *parameters) -> Slopes``.
 
     Args:
@@ -171,13 +181,19 @@ def separable(
     return _decorator(False, function, labels, positive, fraction)
 
 
+@overload
+def pointwise(function: Callable[..., tuple[Tensor, Tensor]]) -> Formula: ...
+@overload
+def pointwise(
+    *, labels: bool = False, positive: tuple[str, ...] = (), fraction: tuple[str, ...] = ()
+) -> Callable[[Callable[..., tuple[Tensor, Tensor]]], Formula]: ...
 def pointwise(
     function: Callable | None = None,
     *,
     labels: bool = False,
     positive: tuple[str, ...] = (),
     fraction: tuple[str, ...] = (),
-) -> Any:
+) -> Formula | Callable[..., Formula]:
     """Make a divergence of ``function(log_q, log_p, *parameters) -> (phi, dphi/dlog_q)``, summed
     over the columns.
 
@@ -220,8 +236,13 @@ class Objective:
         )
 
     __rmul__ = __mul__
-    # or a tensor would multiply itself with the object
-    __torch_function__ = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """tensor * objective, which a tensor would try by itself."""
+        if function in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2:
+            return args[1].__mul__(args[0])  # spelt so for Dynamo
+        return NotImplemented
 
     def __truediv__(self, divisor: Parameter) -> Objective:
         return self * (1 / divisor)

@@ -157,12 +157,12 @@ def gated_kl(f, threshold=0.8, forward=1.0):
     return Slopes(r.loss + times(w, k.loss), r.u, w * k.log_q, w * k.log_rest, qp=r.qp, pq=w * k.pq)
 
 
-def mixed_kl(forward=0.5):
+def mixed_kl(forward: float | Tensor = 0.5) -> Objective:
     """``forward`` KL(p || q) + (1 - ``forward``) KL(q || p)."""
     return forward * forward_kl() + (1 - forward) * reverse_kl()
 
 
-def symmetric_kl():
+def symmetric_kl() -> Objective:
     """(KL(p || q) + KL(q || p)) / 2."""
     return mixed_kl(0.5)
 
@@ -188,7 +188,7 @@ def jensen_shannon(log_q, log_p, beta):
     return slope + beta * p * (log_p - log_m), slope
 
 
-def js_divergence(beta=0.5):
+def js_divergence(beta: float | Tensor = 0.5) -> Objective:
     """The generalised Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(q || m) with m =
     beta p + (1 - beta) q (GKD, arXiv 2306.13649).
 
@@ -292,7 +292,7 @@ def alpha_beta_at_zero(log_q, log_p):
     return tl.where(left_out(log_q, log_p) | left_out(log_p, log_q), INF, value), x
 
 
-def alpha_beta(alpha, beta):
+def alpha_beta(alpha: float | Tensor, beta: float | Tensor) -> Objective:
     """The alpha-beta divergence (ABKD, arXiv 2505.04560; Cichocki et al., Entropy 2011),
 
         -1 / (alpha beta) sum_k (p^alpha q^beta - (alpha p^(alpha+beta) + beta q^(alpha+beta))

@@ -222,12 +222,8 @@ def linear_condition(name, s, t, labels, upstream, delta, *, temperature=1.0, **
     options["temperature"] = temperature
     _, g = run(losses.truth(name), s, t, labels, upstream, **options)
     kappa, _ = condition(name, s, t, labels, upstream, **options)
-    q = reference.softmax(s, temperature=temperature)
-    mass = q
-    if name == "drkl":
-        y = labels.clamp_min(0)[..., None]
-        _, _, u = reference.split(s, t, y[..., 0], temperature)
-        rest = u.neg().sigmoid()[..., None]
-        mass = (q / rest * (options.get("gamma", 0.5) + rest)).scatter(-1, y, q.gather(-1, y))
+    mass = reference.softmax(s, temperature=temperature)
+    if LOSSES[name].spread:
+        mass = LOSSES[name].spread(s, t, labels, mass, temperature, options)
     mass = mass * upstream.double().abs()[..., None] / temperature
     return kappa + (kappa + mass) * delta / temperature, g

@@ -156,6 +156,31 @@ def at_zero(r, alpha=0.0, beta=0.0):
     return of_columns(r, [(r.there, 1 + logs)])
 
 
+def drkl_spread(s, t, labels, q, temperature, options):
+    y = labels.clamp_min(0)[..., None]
+    _, _, u = reference.split(s, t, y[..., 0], temperature)
+    rest = u.neg().sigmoid()[..., None]
+    return (q / rest * (options.get("gamma", 0.5) + rest)).scatter(-1, y, q.gather(-1, y))
+
+
+def with_teacher(factor):
+    """Where the teacher's probabilities stand in the gradient beside the student's."""
+
+    def spread(s, t, labels, q, temperature, options):
+        return factor * (q + reference.softmax(t, temperature=temperature))
+
+    return spread
+
+
+def dkd_spread(s, t, labels, q, temperature, options):
+    y = labels.clamp_min(0)[..., None]
+    both = 0.0
+    for x, z in ((s, q), (t, reference.softmax(t, temperature=temperature))):
+        _, _, u = reference.split(x, x, y[..., 0], temperature)
+        both = both + (z / u.neg().sigmoid()[..., None] * 9).scatter(-1, y, z.gather(-1, y))
+    return both
+
+
 @dataclass(frozen=True)
 class Loss:
     """``objective`` makes it of its parameters; ``function``: the name of the public function,
@@ -167,6 +192,7 @@ class Loss:
     function: str | None = None
     labels: str = "may"
     weights: Callable = lambda **_: 1.0  # the sum of its terms' weights
+    spread: Callable | None = None  # what an element moves by when a logit does (bounds.py)
 
     def split(self, options):
         """(its parameters, the other options)."""
@@ -193,10 +219,10 @@ def _sum(*parts):
 
 LOSSES = {
     "reverse_kl": Loss(o.reverse_kl, reverse_kl, "reverse_kl"),
-    "drkl": Loss(o.drkl, drkl, "drkl", "must", lambda gamma=0.5: 1 + gamma),
-    "forward_kl": Loss(o.forward_kl, forward_kl, "forward_kl"),
-    "mixed_kl": Loss(o.mixed_kl, _sum(reverse_kl, forward_kl), "mixed_kl"),
-    "dkd": Loss(o.dkd, dkd, "dkd", "must", lambda alpha=1.0, beta=8.0: alpha + beta),
+    "drkl": Loss(o.drkl, drkl, "drkl", "must", lambda gamma=0.5: 1 + gamma, drkl_spread),
+    "forward_kl": Loss(o.forward_kl, forward_kl, "forward_kl", spread=with_teacher(1)),
+    "mixed_kl": Loss(o.mixed_kl, _sum(reverse_kl, forward_kl), "mixed_kl", spread=with_teacher(1)),
+    "dkd": Loss(o.dkd, dkd, "dkd", "must", lambda alpha=1.0, beta=8.0: alpha + beta, dkd_spread),
     "cross_entropy": Loss(o.cross_entropy, cross_entropy, "cross_entropy", "must"),
     "z_loss": Loss(o.z_loss, z_loss),
     "entropy": Loss(o.entropy, entropy),

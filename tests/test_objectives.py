@@ -7,7 +7,8 @@ import pickle
 import losses
 import pytest
 import torch
-from bounds import excess, run
+from bounds import excess, linear_excess, linear_ours, run, run_linear
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import drkl_triton
@@ -425,3 +426,77 @@ def test_errors():
     with pytest.raises(AttributeError, match="Facts have"):
         separable(lambda f: Slopes(f.nothing))
     assert kernels.row_phi is not None
+
+
+# --- compiled ---
+
+
+def compiled(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_compiles_whole(name, fresh_compiler):
+    s, t, y = data(4, dtype=torch.float32)
+    y[1] = -100
+    upstream = torch.linspace(-1, 1, 4)
+    function, counter = compiled(losses.ours(name))
+    for found, expected in zip(
+        run(function, s, t, y, upstream), run(losses.ours(name), s, t, y, upstream), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_new_parameters_and_weights_do_not_recompile(fresh_compiler):
+    s, t, y = data(4, dtype=torch.float32)
+
+    def step(s, t, y, gamma, weight, beta, temperature):
+        o = objectives
+        mix = o.drkl(gamma) + weight * o.cross_entropy() + o.jensen_shannon(beta)
+        return divergence(mix, s, t, y, temperature=temperature)
+
+    function, counter = compiled(step)
+    for k in range(4):
+        numbers = (0.3 + k, 0.1 * k, 0.2 + 0.1 * k, 1.5 + k)
+        tensors = [torch.tensor(x) for x in numbers]
+        expected = step(s, t, y, *numbers)
+        torch.testing.assert_close(function(s, t, y, *tensors), expected)
+    assert counter.frame_count == 1
+    function, counter = compiled(step)
+    for k in range(4):
+        numbers = (0.3 + k, 0.1 + 0.1 * k, 0.2 + 0.1 * k, 1.5 + k)
+        torch.testing.assert_close(function(s, t, y, *numbers), step(s, t, y, *numbers))
+    assert counter.frame_count <= 2  # numbers become symbols when they first change
+
+
+# --- from hidden states ---
+
+
+@pytest.mark.parametrize("name, labelled", losses.CASES, ids=losses.IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_hidden_states_within_the_bound(name, labelled, dtype, backend):
+    N, H, columns = 12, 8, 301
+    draw = torch.Generator().manual_seed(1)
+
+    def model(scale):
+        hidden = torch.randn(N, H, generator=draw)
+        matrix, bias = scale * torch.randn(columns, H, generator=draw), torch.randn(columns)
+        return tuple(x.to(dtype) for x in (hidden, matrix, bias)) + (1.0, None)
+
+    student, teacher = model(0.7), model(1.0)
+    y = torch.randint(columns, (N,), generator=draw) if labelled else None
+    upstream = torch.randn(N, generator=draw)
+    ours = run_linear(
+        linear_ours(name, backend, reduction="none", chunk_bytes=5 * columns * 8),
+        student, teacher, y, upstream,
+    )  # fmt: skip
+    assert max(linear_excess(name, student, teacher, y, upstream, ours=ours)) <= 1
