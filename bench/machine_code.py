@@ -127,6 +127,8 @@ OBJECTIVES = {
     "cross_entropy": objectives.cross_entropy(),
     "entropy": objectives.entropy(),
 }
+# Those that are least like each other; the others are compiled in the plain case alone.
+VARIED = ("reverse_kl", "forward_kl", "mixed_kl", "js_divergence")
 
 
 def loss_kernels(objective):
@@ -246,7 +248,7 @@ def launch_all(case, launched, wanted, plain):
     s, t = rows_of(student), rows_of(teacher)
     split = patch.object(tuning, "choose", partial(tuning.choose, splits=case.splits))
     for name, objective in OBJECTIVES.items():
-        if not {*loss_kernels(name), "merge_sums"} & wanted:
+        if not {*loss_kernels(name), "merge_sums"} & wanted or not (plain or name in VARIED):
             continue
         launched.suffix = "" if name == "reverse_kl" else f" {name}"
         parameters = _reduction.parameters(objective.parameters, label, False, acc)

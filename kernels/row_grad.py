@@ -97,7 +97,9 @@ def gradient(x, W, CAREFUL: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr):
 @triton.jit
 def grad_tiles(here, d_body, W, CAREFUL: tl.constexpr, G: tl.constexpr):
     """The share's whole tiles without ``picked``, if that is one of them."""
-    UNROLL: tl.constexpr = 1 if CAREFUL else 2
+    # two at a time hold too many registers where a second exponential meets float32 (sm_120)
+    WIDE: tl.constexpr = FORWARD & G.NEEDS and d_body.dtype.element_ty.primitive_bitwidth >= 32
+    UNROLL: tl.constexpr = 1 if CAREFUL or WIDE else 2
     for i in tl.range(here.first, here.last - here.mine.to(tl.int32), loop_unroll_factor=UNROLL):
         x = load_whole_pair(here, i, G)
         tile = i + (i >= here.picked).to(tl.int32)
