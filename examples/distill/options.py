@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from data import SMALLEST_VOCAB, InputError
-from train import make_linear_objective, make_objective
+from train import NAMES, make_linear_objective, make_objective
 
 # Sizes, and what --quick makes of them. An option on the command line outranks both columns.
 SIZES = {
@@ -32,7 +32,7 @@ SIZES = {
     # The package's default, 256 MB, would hold the logits of a whole batch of this size at once.
     "chunk-mb": (8.0, 0.25, "with --linear: logits of both models at a time, million bytes"),
 }
-OBJECTIVES = ["fkl", "rkl", "drkl:0.25", "drkl:0.5", "drkl:1"]
+OBJECTIVES = ["fkl", "rkl", "mixed", "jsd", "dkd", "drkl:0.5"]
 
 
 def attribute(name):
@@ -63,7 +63,7 @@ def parse(description, argv=None):
         nargs="+",
         default=OBJECTIVES,
         metavar="NAME",
-        help=f"of ce, fkl, rkl, drkl:GAMMA ({' '.join(OBJECTIVES)})",
+        help=f"of {NAMES} ({' '.join(OBJECTIVES)})",
     )
     add(
         "--linear",
@@ -119,8 +119,8 @@ def check(args):
         make_objective(name)
     if args.linear and not any(map(make_linear_objective, args.objectives)):
         raise InputError(
-            f"--linear is for rkl and drkl:GAMMA, got --objectives {' '.join(args.objectives)}; "
-            "add one of them or drop --linear"
+            f"--linear is for objectives with a teacher, got {' '.join(args.objectives)}; add one "
+            "of them or drop --linear"
         )
 
 

@@ -9,7 +9,6 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from data import InputError, training_batch
 from model import Head
 from progress import progress
 
-from drkl_triton import drkl, linear_drkl, linear_reverse_kl, reverse_kl
+from drkl_triton import divergence, linear_divergence, objectives
 
 CLIP_NORM = 1.0
 
@@ -33,23 +32,33 @@ def cross_entropy(student_logits, _teacher_logits, tokens):
     return F.cross_entropy(student_logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def forward_kl(student_logits, teacher_logits, temperature):
-    log_q = (student_logits[:, :-1].flatten(0, 1).float() / temperature).log_softmax(-1)
-    log_p = (teacher_logits[:, :-1].flatten(0, 1).float() / temperature).log_softmax(-1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+# name -> (label for the reader, what the package calls it)
+OBJECTIVES = {
+    "fkl": ("forward KL", objectives.forward_kl),
+    "rkl": ("RKL", objectives.reverse_kl),
+    "mixed": ("mixed KL", objectives.mixed_kl),
+    "jsd": ("JSD", objectives.js_divergence),
+    "dkd": ("DKD", objectives.dkd),
+}
+NAMES = f"ce, {', '.join(OBJECTIVES)} or drkl:GAMMA"
+
+
+def of_package(name):
+    """(label, objective) of any name but "ce"."""
+    if name in OBJECTIVES:
+        label, make = OBJECTIVES[name]
+        return label, make()
+    gamma = gamma_of(name)
+    return f"DRKL γ={gamma:g}", objectives.drkl(gamma)
 
 
 def make_objective(name, temperature=1.0, backend="auto"):
-    """(label for the reader, function) from "ce", "fkl", "rkl" or "drkl:GAMMA"."""
-    options = {"temperature": temperature, "shift": True, "backend": backend}
+    """(label for the reader, function) from a name."""
     if name == "ce":
         return "cross-entropy", cross_entropy
-    if name == "fkl":
-        return "forward KL", lambda s, t, tokens: forward_kl(s, t, temperature)
-    if name == "rkl":
-        return "RKL", lambda s, t, tokens: reverse_kl(s, t, tokens, **options)
-    gamma = gamma_of(name)
-    return f"DRKL γ={gamma:g}", lambda s, t, tokens: drkl(s, t, tokens, gamma=gamma, **options)
+    label, objective = of_package(name)
+    options = {"temperature": temperature, "shift": True, "backend": backend}
+    return label, lambda s, t, tokens: divergence(objective, s, t, tokens, **options)
 
 
 def gamma_of(name):
@@ -59,22 +68,21 @@ def gamma_of(name):
     except ValueError:
         gamma = math.nan
     if not 0 < gamma < math.inf:
-        raise InputError(
-            f'an objective is "ce", "fkl", "rkl" or "drkl:GAMMA" with GAMMA > 0, got "{name}"'
-        )
+        raise InputError(f'an objective is {NAMES} with GAMMA > 0, got "{name}"')
     return gamma
 
 
 def make_linear_objective(name, temperature=1.0, backend="auto", chunk_bytes=None):
     """The same loss as f(student Head, teacher Head, tokens), which never has all the logits; None
-    for "ce" and "fkl", which have no such form. To be called under the models' autocast.
+    for "ce", which does without a teacher. To be called under the models' autocast.
     """
-    if name in ("ce", "fkl"):
+    if name == "ce":
         return None
-    loss = linear_reverse_kl if name == "rkl" else partial(linear_drkl, gamma=gamma_of(name))
+    _, loss = of_package(name)
 
     def objective(student, teacher, tokens):
-        return loss(
+        return linear_divergence(
+            loss,
             student.hidden,
             student.matrix,
             tokens,
