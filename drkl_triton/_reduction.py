@@ -75,7 +75,7 @@ def parameters(values: list, codes: Tensor, shift: bool, dtype: torch.dtype) -> 
         return None
     table = [scalar(x, dtype, codes.device) for x in values]
     if all(x.dim() == 0 for x in table):
-        return torch.stack(table)[:, None]
+        return torch.stack(table)[:, None] if len(table) > 1 else table[0].view(1, 1)
     if shift:
         table = [
             torch.cat([x[..., 1:], x[..., -1:]], dim=-1) if x.dim() else x for x in table
