@@ -5,6 +5,7 @@ A condition is a list of pairs (mass, terms), [..., V] each: an element of the g
 products of the two, and its condition the sum of their absolute values.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,8 @@ def cross_entropy(r):
 
 @untempered
 def z_loss(r):
-    z = torch.logsumexp(r.logits, -1, keepdim=True).abs()
+    # a maximum and the logarithm of a sum, which may cancel
+    z = r.logits.amax(-1, keepdim=True).abs() + math.log(r.logits.shape[-1])
     return [(r.q, (1 + 2 * z) * (2 + r.log_q.abs()))]
 
 
@@ -136,9 +138,7 @@ def mixtures(r, *, squared=1.0, **_):
 def total_variation(r):
     # where the two can hardly be told apart the slope is either half
     tie = (r.log_q - r.log_p).abs() < 1e-5 * (1 + r.log_q.abs() + r.log_p.abs())
-    tie = tie & (r.log_q != r.log_p)
-    eps = torch.finfo(torch.float32).eps
-    return of_columns(r, [(r.q, 1 + r.log_q.abs()), (r.q * tie, torch.full_like(r.q, 1 / eps))])
+    return of_columns(r, [(r.q, 1 + r.log_q.abs()), (r.q * tie, torch.full_like(r.q, 1e16))])
 
 
 def alpha_beta(r, alpha=0.6, beta=0.3):
