@@ -182,7 +182,8 @@ def _cross_entropy(r: _Rows) -> Tensor:
 
 
 def _z_loss(r: _Rows) -> Tensor:
-    return torch.logsumexp(r.s, -1) ** 2
+    top = r.s.detach().amax(-1)  # at a height of 700 float64 would lose digits of q
+    return (top + torch.logsumexp(r.s - top[..., None], -1)) ** 2
 
 
 def _entropy(r: _Rows, teacher: bool = False) -> Tensor:
