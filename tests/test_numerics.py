@@ -131,7 +131,10 @@ def test_both_are_sure_of_a_column_far_down_the_row(dtype, temperature, backend,
             assert max(excess(name, s, t, y, upstream, **options)) <= 1, (name, splits)
 
 
-@over_losses
+# adaptive_kl has weights that move with the student and have no gradient
+@pytest.mark.parametrize(
+    "name, labelled", [case for case in losses.CASES if case[0] != "adaptive_kl"]
+)
 def test_gradcheck(name, labelled, backend):
     # V = 19: head, one vector masked in the last tile, tail and label apart
     s = torch.randn(3, 19, dtype=torch.float64, requires_grad=True)
