@@ -37,17 +37,12 @@ class Loss(NamedTuple):
         self, student: Rows, teacher: Rows, label: Tensor, parameters: Tensor | None
     ) -> Tensor:
         """[splits, 16, N]; [1, 16, N] where a second sweep needs them whole."""
-        launchers, rows = self.launchers, (student, teacher, label, self.inv_temperature)
-        options = dict(filter_value=self.filter_value)
-        if not self.sweeps:
-            return launchers.row_sum_parts(*rows, self.V, needs=self.sums_needed, **options)
-        sums = launchers.row_sums(*rows, self.V, needs=self.sums_needed, **options)
-        if self.program.head >= 0:
-            head = parameters[self.program.head].expand(label.shape)
-            sums[AT.gap_head], sums[AT.gap_tail] = self._gaps(student, teacher, label, sums, head)
-        if self.program.phis:
-            launchers.row_phi(*rows, parameters, sums, self.V, phis=self.program.phis, **options)
-        return sums[None]
+        if self.sweeps:
+            return self.sums(student, teacher, label, parameters)[None]
+        return self.launchers.row_sum_parts(
+            student, teacher, label, self.inv_temperature, self.V, needs=self.sums_needed,
+            filter_value=self.filter_value,
+        )  # fmt: skip
 
     @property
     def sweeps(self) -> bool:
@@ -86,12 +81,15 @@ class Loss(NamedTuple):
         self, student: Rows, teacher: Rows, label: Tensor, parameters: Tensor | None
     ) -> Tensor:
         """[16, N]."""
-        if self.sweeps:
-            return self.sum_parts(student, teacher, label, parameters)[0]
-        rows = student, teacher, label, self.inv_temperature, self.V
-        return self.launchers.row_sums(
-            *rows, needs=self.sums_needed, filter_value=self.filter_value
-        )
+        rows, program = (student, teacher, label, self.inv_temperature), self.program
+        options = dict(filter_value=self.filter_value)
+        sums = self.launchers.row_sums(*rows, self.V, needs=self.sums_needed, **options)
+        if program.head >= 0:
+            head = parameters[program.head].expand(label.shape)
+            sums[AT.gap_head], sums[AT.gap_tail] = self._gaps(student, teacher, label, sums, head)
+        if program.phis:
+            self.launchers.row_phi(*rows, parameters, sums, self.V, phis=program.phis, **options)
+        return sums
 
     def gradient(
         self,

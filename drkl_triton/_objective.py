@@ -295,14 +295,13 @@ class Program:
 
     terms: tuple
     phis: tuple
-    needs: int
     slopes: int  # the sums that its gradient reads
     head: int = -1  # where the head's mass is among the parameters, with facts.GAPS
 
 
 @lru_cache(maxsize=1024)
 def program(key: str) -> Program:
-    terms, phis, needs, slopes, place, head = [], [], 0, 0, 0, -1
+    terms, phis, slopes, place, head = [], [], 0, 0, -1
     for part in key.split("+"):
         formula, weighted = _find(part.lstrip("*")), part.startswith("*")
         count = len(formula.parameters)
@@ -314,8 +313,8 @@ def program(key: str) -> Program:
                 raise ValueError("an objective can have one adaptive_kl; add up their weights")
             head = place + weighted
         place += weighted + count
-        needs, slopes = needs | formula.needs, slopes | formula.slopes
-    return Program(tuple(terms), tuple(phis), needs, slopes, head)
+        slopes |= formula.slopes
+    return Program(tuple(terms), tuple(phis), slopes, head)
 
 
 def check(objective: Objective, rows: int = 64, tolerance: float = 1e-8) -> None:

@@ -126,7 +126,7 @@ def rows(
     )
 
 
-# For type checkers: the same names once more. tests/test_typing.py holds them together.
+# For type checkers: the same names once more. tests/test_contract_errors.py holds them together.
 
 
 class Keywords(TypedDict, total=False):

@@ -2,7 +2,7 @@
 moves with them (Slopes) to the numbers of its gradient (Weights).
 
 It is written in what PyTorch and Triton have in common: ``tl`` is a handful of functions here, and
-triton.language in the copy that kernels/row_map.py compiles. Upper-case arguments are known when
+triton.language in the copies that kernels/device.py compiles. Upper-case arguments are known when
 that happens.
 
 Notation, per row, with the label's column ``y`` taken out of the sums (no label: nothing is taken
@@ -123,7 +123,6 @@ class Slopes(NamedTuple):
 class Row(NamedTuple):
     """What Facts leave out: which kind of row it is, and what the weights need."""
 
-    label: Any
     is_nan: Any
     no_teacher: Any  # the teacher is -inf where the student is not: KL(q || p) is +inf
     no_student: Any  # the reverse
@@ -231,7 +230,7 @@ def facts(sums, label, inv_temperature, NEEDS: tl.constexpr):
         label_log_prob, log_z, sums.gap_head, sums.gap_tail,
     )  # fmt: skip
     return f, Row(
-        label, is_nan, no_teacher, no_student, ratio, mean, log_d, log_dt, tl.exp(cool_rest),
+        is_nan, no_teacher, no_student, ratio, mean, log_d, log_dt, tl.exp(cool_rest),
         sums.phi, sums.phi_slope,
     )  # fmt: skip
 
@@ -340,9 +339,14 @@ def losses(
 
 
 def target_kl(f):
-    """KL(b_q || b_p); each probability from its own log-odds, never by subtraction."""
-    at, rest = f.log_q - f.log_p, f.log_rest - f.log_p_rest
-    return times(tl.exp(f.log_q), at) + times(tl.exp(f.log_rest), rest)
+    """KL(b_q || b_p)."""
+    return two_point_kl(f.log_q, f.log_rest, f.log_p, f.log_p_rest)
+
+
+def two_point_kl(log_a, log_rest_a, log_b, log_rest_b):
+    """Each probability from its own log-odds, never by subtraction."""
+    at, rest = log_a - log_b, log_rest_a - log_rest_b
+    return times(tl.exp(log_a), at) + times(tl.exp(log_rest_a), rest)
 
 
 def whole_entropy(log_q, log_rest, entropy):
@@ -411,7 +415,7 @@ def weights(
     w0 = clean(w0, row.is_nan, zero)
     at_label = clean(at_label, row.is_nan, zero)
     care = tl.where((back > 1) & (sums.care < 1), 1.0, sums.care)
-    log_q, log_p = normalisers(sums, f)
+    log_q, log_p = normalisers(sums, f, row)
     return Weights(
         sums.m_s, sums.m_t, shift, tl.where(live, w1, 0.0), w0, at_label, care,
         tl.where(live, w2, 0.0), tl.where(live, w3, 0.0), tl.where(live, w4, 0.0),
@@ -421,15 +425,14 @@ def weights(
 
 def normalised(sums, label, inv_temperature, NEEDS: tl.constexpr):
     """:func:`normalisers` from the sums."""
-    f, _ = facts(sums, label, inv_temperature, NEEDS)
-    return normalisers(sums, f)
+    f, row = facts(sums, label, inv_temperature, NEEDS)
+    return normalisers(sums, f, row)
 
 
-def normalisers(sums, f):
+def normalisers(sums, f, row):
     """(of the student, of the teacher): log q_k = x_k / temperature plus this, for k != y."""
-    log_d, log_dt = tl.log(sums.d_s), tl.log(sums.d_t)
-    log_q = tl.where(sums.d_s == 0, 0.0, f.log_rest - log_d)
-    return log_q, tl.where(sums.d_t == 0, 0.0, f.log_p_rest - log_dt)
+    log_q = tl.where(sums.d_s == 0, 0.0, f.log_rest - row.log_d)
+    return log_q, tl.where(sums.d_t == 0, 0.0, f.log_p_rest - row.log_dt)
 
 
 def gradient_bound(

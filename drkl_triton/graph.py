@@ -138,18 +138,21 @@ class LinearCall(NamedTuple):
     may_skip: bool
     chunk_bytes: int | None
     backend: str
+    metrics: bool  # not of the op
 
 
 def _linear(call: LinearCall, tensors, upstream=None, sums=None):
-    call = call._replace(wanted=list(call.wanted))
+    *call, _ = call._replace(wanted=list(call.wanted))
     return ops.linear(*tensors, upstream, sums, *call)
 
 
 def _row_losses(call: LinearCall, tensors, sums: Tensor) -> Tensor:
-    """The fields of RowMetrics [7, N], of which the loss is the first."""
+    """The fields of RowMetrics [7, N], of which the loss is the first; without them [1, N]."""
     x, objective = LinearInputs(*tensors), program(call.objective)
     rows = tiled.formula_arguments(sums, x.label, x.inv_temperature, x.parameters)
-    return torch.stack(facts.losses(*rows, objective.terms, objective.phis, call.needs, True))
+    parts = objective.terms, objective.phis, call.needs, call.metrics
+    out = facts.losses(*rows, *parts)
+    return torch.stack(out if call.metrics else out[:1])
 
 
 class LinearFunction(torch.autograd.Function):

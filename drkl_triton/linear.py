@@ -122,6 +122,7 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         may_skip=labels is not None or weights is not None or options.shift,
         chunk_bytes=heads.chunk_bytes,
         backend=backend,
+        metrics=options.return_metrics,
     )
     tensors = (
         *_head(*student, acc, hidden.device), *_head(*teacher, acc, hidden.device),

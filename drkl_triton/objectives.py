@@ -28,7 +28,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._objective import Formula, Objective, check, pointwise, separable
-from .facts import ABSENT, INF, Facts, Slopes, target_kl, times, tl, whole_entropy
+from .facts import ABSENT, INF, Facts, Slopes, target_kl, times, tl, two_point_kl, whole_entropy
 
 __all__ = [
     "Facts",
@@ -81,8 +81,7 @@ def drkl(f, gamma=0.5):
 
 def teacher_target_kl(f):
     """KL(b_p || b_q)."""
-    at, rest = f.log_p - f.log_q, f.log_p_rest - f.log_rest
-    return times(tl.exp(f.log_p), at) + times(tl.exp(f.log_p_rest), rest)
+    return two_point_kl(f.log_p, f.log_p_rest, f.log_q, f.log_rest)
 
 
 @separable

@@ -25,6 +25,7 @@ one side -inf everywhere; NaN or +inf   NaN                       NaN
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -456,7 +457,7 @@ def _loss(builder):
         own = {name: options.pop(name) for name in names if name in options}
         return divergence(builder(**own), student_logits, teacher_logits, labels, **options)
 
-    names = ("gamma", "forward", "alpha", "beta", "threshold", "head")
+    names = inspect.signature(builder).parameters
     loss.__name__, loss.__doc__ = builder.__name__, builder.__doc__
     return loss
 

@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..facts import Weights
+from ..facts import METRIC_FIELDS, Weights
 from . import device, launch, tuning
 from .device import divided, float16_room, gradient_bound, load_parameters, losses, weights
 from .online_softmax import LOG2E
 from .row_sums import FIELDS, load_sums, merge_parts, store_fields
 from .row_walk import IGNORED, INVALID, NO_LABEL
 
-METRICS = 7  # what losses() returns
+METRICS = len(METRIC_FIELDS)
 
 BLOCK = 128  # rows of a program, a thread each
 PARTIALS = 1024  # sums of programs that are added at a time
