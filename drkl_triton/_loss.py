@@ -62,7 +62,8 @@ class Loss(NamedTuple):
             phis = ((formula.function, -1, 0, len(thresholds), 0),)
             rows = student, teacher, label, self.inv_temperature, torch.stack(thresholds)
             self.launchers.row_phi(*rows, sums, self.V, phis=phis, filter_value=self.filter_value)
-            at_label = facts.pointwise(f.log_q, f.log_p, thresholds, phis)
+            label_logs = facts.floored(f.log_q), facts.floored(f.log_p)
+            at_label = facts.pointwise(*label_logs, thresholds, phis)
             return sums[AT.phi] + at_label[0], sums[AT.phi_slope] + at_label[1]
 
         low = torch.log((1 - head) / self.V)

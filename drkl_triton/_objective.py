@@ -314,6 +314,8 @@ def program(key: str) -> Program:
             head = place + weighted
         place += weighted + count
         slopes |= formula.slopes
+    if not terms:
+        slopes |= facts.PHI_ALONE
     return Program(tuple(terms), tuple(phis), slopes, head)
 
 

@@ -39,6 +39,7 @@ ENTROPY = 8  # h
 TEACHER_ENTROPY = 16  # g
 UNTEMPERED = 32  # c, where the temperature is not 1
 GAPS = 64  # gap_head, gap_tail, which take sweeps of their own
+PHI_ALONE = 128  # of slopes: the objective has pointwise terms and no other
 METRICS = TEACHER + REVERSE + ENTROPY + TEACHER_ENTROPY
 
 
@@ -261,9 +262,14 @@ def some_of(x, first: tl.constexpr, count: tl.constexpr):
 # own parameters start there, how many they are, the Facts that make it infinite).
 
 
+def floored(log_probability):
+    return tl.maximum(log_probability, ABSENT)
+
+
 def pointwise(log_q, log_p, x, PHIS: tl.constexpr):
-    """(value, slope) of the sum of an objective's pointwise terms, where that has any."""
-    log_q, log_p = tl.maximum(log_q, ABSENT), tl.maximum(log_p, ABSENT)
+    """(value, slope) of the sum of an objective's pointwise terms, where that has any, from
+    :func:`floored` log-probabilities.
+    """
     value = log_q
     slope = log_q
     for k in tl.static_range(len(PHIS)):
@@ -295,7 +301,7 @@ def objective(f, row, x, TERMS: tl.constexpr, PHIS: tl.constexpr):
         total = plus(total, S)
     if len(PHIS) > 0:
         # every column is (1 - q_y) q^_k, so that all of them move with log_rest
-        value, slope = pointwise(f.log_q, f.log_p, x, PHIS)
+        value, slope = pointwise(floored(f.log_q), floored(f.log_p), x, PHIS)
         S = Slopes(value + row.phi, log_q=slope, log_rest=row.phi_slope, phi=row.phi_slope)
         is_inf = is_inf | (tl.abs(S.loss) == INF)
         total = plus(total, S)
@@ -410,6 +416,8 @@ def weights(
     level = times(S.qp, row.ratio) * inv_temperature - S.entropy * row.mean * inv_temperature
     w0 = up * ((on_rest - level) * part) / d_s * part * back
     w2 = -divided(S.pq, sums.d_t) * (upstream * inv_temperature)
+    if len(TERMS) == 0:
+        w0 = -(S.log_q + S.log_rest)  # what q_k is multiplied with, beside phi's slope
     # shift = +inf tells the kernels that the row's gradient is 0 and need not be read
     shift = tl.where(zero, INF, tl.where(live, shift, 0.0))
     w0 = clean(w0, row.is_nan, zero)

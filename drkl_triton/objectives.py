@@ -169,9 +169,9 @@ def symmetric_kl() -> Objective:
 # --- pointwise ---
 
 
-def log_mixture(q, p, of_p):
-    """log(of_p p + (1 - of_p) q), a number also where both are 0."""
-    m = of_p * p + (1.0 - of_p) * q
+def log_sum(a, b):
+    """log(a + b) of what is not negative, a number also where both are 0."""
+    m = a + b
     if m.dtype == tl.float64:
         return tl.log(tl.maximum(m, 1e-300))
     else:
@@ -181,10 +181,10 @@ def log_mixture(q, p, of_p):
 @pointwise
 def jensen_shannon(log_q, log_p, beta):
     """phi of :func:`js_divergence`."""
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    log_m = log_mixture(q, p, beta)
-    slope = (1.0 - beta) * q * (log_q - log_m)
-    return slope + beta * p * (log_p - log_m), slope
+    of_q, of_p = (1.0 - beta) * tl.exp(log_q), beta * tl.exp(log_p)
+    log_m = log_sum(of_q, of_p)
+    slope = of_q * (log_q - log_m)
+    return slope + of_p * (log_p - log_m), slope
 
 
 def js_divergence(beta: float | Tensor = 0.5) -> Objective:
@@ -205,19 +205,18 @@ def js_divergence(beta: float | Tensor = 0.5) -> Objective:
 @pointwise(fraction=("alpha",))
 def skew_kl(log_q, log_p, alpha=0.1):
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898)."""
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    log_m = log_mixture(q, p, alpha)
-    ratio = log_p - log_m
-    return p * ratio, -(1.0 - alpha) * q * tl.exp(ratio)
+    of_q, p = (1.0 - alpha) * tl.exp(log_q), tl.exp(log_p)
+    ratio = log_p - log_sum(of_q, alpha * p)
+    return p * ratio, -of_q * tl.exp(ratio)
 
 
 @pointwise(fraction=("alpha",))
 def skew_reverse_kl(log_q, log_p, alpha=0.1):
     """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898)."""
     q, p = tl.exp(log_q), tl.exp(log_p)
-    log_m = log_mixture(q, p, 1.0 - alpha)
-    value = q * (log_q - log_m)
-    return value, value + q * (1.0 - alpha * tl.exp(log_q - log_m))
+    ratio = log_q - log_sum(alpha * q, (1.0 - alpha) * p)
+    value = q * ratio
+    return value, value + q * (1.0 - alpha * tl.exp(ratio))
 
 
 @pointwise
@@ -237,8 +236,10 @@ def gaps(log_q, log_p, threshold):
 @pointwise
 def total_variation(log_q, log_p):
     """sum |q - p| / 2."""
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    return tl.abs(q - p) * 0.5, tl.where(q > p, q * 0.5, tl.where(q < p, q * -0.5, 0.0 * q))
+    q = tl.exp(log_q)
+    gap = q - tl.exp(log_p)
+    half_sign = tl.maximum(tl.minimum(1e38 * gap, 0.5), -0.5)
+    return gap * half_sign, q * half_sign
 
 
 @pointwise

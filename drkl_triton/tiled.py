@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import _reduction, facts
 from ._layout import Rows
+from ._tile import LOG2E, Tile
 from .algebra import AT, SUMS, merge
 from .facts import (
     ENTROPY,
@@ -34,12 +35,14 @@ from .facts import (
     INVALID,
     MISSING,
     NO_LABEL,
+    PHI_ALONE,
     REVERSE,
     TEACHER,
     TEACHER_ENTROPY,
     UNIT,
     UNTEMPERED,
     Sums,
+    tl,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 # Elements of scratch, of all threads together: 12.6 MB in float32. Divided among two threads and
 # three buffers, an operation takes 100 microseconds and what it costs besides its work is small.
 SCRATCH = 3 << 20
+# Tiles that pointwise terms are computed in; more are allocated where they need them.
+PHI_BUFFERS = 9
 # Chunks of rows a thread gets at least, where there are enough rows: so that none waits long for
 # the last.
 CHUNKS = 4
@@ -56,7 +61,6 @@ CHUNKS = 4
 LEFT_OUT = -1e36
 HUGE_PAGE = 2 << 20
 INF = float("inf")
-LOG2E = 1.4426950408889634
 
 
 def new_output(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -101,9 +105,23 @@ class _Scratch:
         count = max(1, -(-V // elements))
         self.spans = [(V * k // count, V * (k + 1) // count) for k in range(count)]
         self._buffers = new_output((buffers, height * -(-V // count)), dtype, device)
+        self._tiles: dict[tuple[int, int], list[Tensor]] = {}
 
     def tiles(self, rows: int, columns: int) -> list[Tensor]:
-        return [b[: rows * columns].view(rows, columns) for b in self._buffers]
+        shape = rows, columns
+        if shape not in self._tiles:
+            self._tiles[shape] = [b[: rows * columns].view(shape) for b in self._buffers]
+        return self._tiles[shape]
+
+    def log_probabilities(self, x, z, to_q, to_p, inv_temperature, first: int) -> tuple[Tile, Tile]:
+        """Floored, of what x and z are raw; in the buffers from the first, which may hold them."""
+        free = self.tiles(*x.shape)[first:]
+        logs = []
+        for raw, normaliser in ((x, to_q), (z, to_p)):
+            log = Tile(free.pop(0), free)
+            torch.mul(raw, inv_temperature, out=log.x).add_(normaliser).clamp_min_(facts.ABSENT)
+            logs.append(log)
+        return logs[0], logs[1]
 
 
 def _work_alone() -> None:
@@ -324,6 +342,25 @@ def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
     return torch.sub(x, m, out=out)
 
 
+def _leave_out_filtered(x: Tensor, z: Tensor, filter_value: Tensor) -> None:
+    """Both -inf where the teacher's logit z is at most that."""
+    absent = z <= filter_value
+    x.masked_fill_(absent, -INF)
+    z.masked_fill_(absent, -INF)
+
+
+def _below(s, t, m_s, m_t, x, z, filter_value, needs) -> None:
+    """x = s - m_s and, where it is needed, z = t - m_t."""
+    if filter_value is None:
+        _minus(s, m_s, x)
+        if needs & TEACHER:
+            _minus(t, m_t, z)
+    else:
+        _leave_out_filtered(x.copy_(s), z.copy_(t), filter_value)
+        x.sub_(m_s)
+        z.sub_(m_t)
+
+
 def _at_label(x: Tensor, label: Tensor) -> Tensor:
     """x [..., columns] at each row's label [...], -inf where that is no column."""
     inside = (label >= 0) & (label < x.shape[-1])
@@ -337,9 +374,7 @@ def _sum_carefully(s, t, label, scale, buffers, filter_value, needs):
     x.copy_(s)
     z.copy_(t)
     if filter_value is not None:
-        absent = z <= filter_value
-        for b in (x, z):
-            b.masked_fill_(absent, -INF)
+        _leave_out_filtered(x, z, filter_value)
     s_label, t_label = (_at_label(b, label) for b in (x, z))
     for b in (x, z):  # the label's column is not part of the sums
         _leave_out(b, label, -INF)
@@ -408,20 +443,29 @@ def row_grad(
     careful, shifted = (W.care != 0) | (filter_value is not None), W.shift != 0
     with_logits = slopes & (REVERSE | ENTROPY)
     beside = bool(slopes & (FORWARD | UNTEMPERED) or phis)
+    alone = slopes & PHI_ALONE
 
     def work(rows, scratch):
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
             x, z, *spare = scratch.tiles(*s.shape)
-            _minus(s, W.m_s[rows], x)
-            if slopes & TEACHER:
-                _minus(t, W.m_t[rows], z)
-            if filter_value is not None:
-                absent = t <= filter_value
-                x.masked_fill_(absent, -INF)
-                z.masked_fill_(absent, -INF)
+            _below(s, t, W.m_s[rows], W.m_t[rows], x, z, filter_value, slopes)
+            if phis:
+                normalisers = W.log_q[rows], W.log_p[rows], inv_temperature
+                log_q, log_p = scratch.log_probabilities(x, z, *normalisers, 0 if alone else 4)
+                _, slope = facts.pointwise(log_q, log_p, _of_rows(parameters, rows), phis)
+                if alone:
+                    g = tl.exp(log_q).x.mul_(W.w0[rows]).add_(slope.x)
+                    put(rows, c, e, g, W.phi[rows])
+                    continue
             if beside:
-                others = _beside_exponential(x, z, rows, *spare)
+                others = spare[0].zero_()
+                if slopes & FORWARD:
+                    torch.mul(z, scale, out=others).exp2_().mul_(W.w2[rows])
+                if slopes & UNTEMPERED:
+                    others.addcmul_(torch.exp(x, out=spare[1]), W.w4[rows])
+                if phis:
+                    others.addcmul_(slope.x, W.phi[rows])
             if slopes & REVERSE:
                 torch.sub(x, z, out=z).mul_(W.w1[rows]).add_(W.w0[rows])
                 if slopes & ENTROPY:
@@ -437,27 +481,21 @@ def row_grad(
             if with_logits and any_of(careful[rows]):
                 # The student leaves the column out, or as good as: 0, whatever the teacher says.
                 z.masked_fill_(x == 0, 0.0)
-            if isinstance(rows, slice) and out.dtype == acc and not beside:
-                torch.mul(x, z, out=out[rows, c:e])
-            else:  # mul could convert, too, but takes twice as long
-                x.mul_(z)
-                _put(out, rows, c, e, x.add_(others) if beside else x)
+            put(rows, c, e, x, z, others if beside else None)
 
-    def _beside_exponential(x, z, rows, total, spare):
-        """What is not multiplied with 2^(scale x)."""
-        total.zero_()
-        if slopes & FORWARD:
-            torch.mul(z, scale, out=total).exp2_().mul_(W.w2[rows])
-        if slopes & UNTEMPERED:
-            total.addcmul_(torch.exp(x, out=spare), W.w4[rows])
-        if phis:
-            own = () if parameters is None else _of_rows(parameters, rows)
-            log_q = torch.mul(x, inv_temperature, out=spare).add_(W.log_q[rows])
-            _, slope = facts.pointwise(log_q, z * inv_temperature + W.log_p[rows], own, phis)
-            total.addcmul_(slope, W.phi[rows])
-        return total
+    def put(rows, c, e, x, factor, others=None):
+        """x * factor + others; x is lost."""
+        if others is not None:
+            x.mul_(factor)
+            function, operand = torch.add, others
+        else:
+            function, operand = torch.mul, factor
+        if isinstance(rows, slice) and out.dtype == acc:
+            function(x, operand, out=out[rows, c:e])
+        else:  # it could convert, too, but takes twice as long
+            _put(out, rows, c, e, function(x, operand, out=x))
 
-    buffers = 4 if beside else 2
+    buffers = PHI_BUFFERS if alone else 2 + 2 * beside + PHI_BUFFERS * bool(phis)
     skipped = unread if on_cpu else None
     _spread((student, teacher), N, V, acc, work, buffers, skipped=skipped)
     fill = torch.where(zero, 0.0, torch.full_like(W.w0[:, 0], float("nan")))[:, None]
@@ -471,8 +509,10 @@ def row_grad(
     return out
 
 
-def _of_rows(parameters: Tensor, rows: slice | Tensor) -> tuple[Tensor, ...]:
+def _of_rows(parameters: Tensor | None, rows: slice | Tensor) -> tuple[Tensor, ...]:
     """[rows, 1] or [1, 1] each, of parameters [P, N] or [P, 1]."""
+    if parameters is None:
+        return ()
     if parameters.shape[1] > 1:
         parameters = parameters[:, rows]
     return parameters[:, :, None].unbind(0)
@@ -497,29 +537,24 @@ def row_phi(
     m_s, m_t, to_q, to_p = (x[:, None] for x in (found.m_s, found.m_t, to_q, to_p))
 
     def work(rows, scratch):
-        own = () if parameters is None else _of_rows(parameters, rows)
+        own = _of_rows(parameters, rows)
         phi, phi_slope = torch.zeros(2, len(label[rows]), dtype=acc, device=label.device)
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
-            x, z = scratch.tiles(*s.shape)
-            x.copy_(s)
-            z.copy_(t)
-            if filter_value is not None:
-                absent = z <= filter_value
-                x.masked_fill_(absent, -INF)
-                z.masked_fill_(absent, -INF)
+            x, z, *_ = scratch.tiles(*s.shape)
+            _below(s, t, m_s[rows], m_t[rows], x, z, filter_value, TEACHER)
             for b in (x, z):
                 _leave_out(b, label[rows] - c, -INF)
-            x.sub_(m_s[rows]).mul_(inv_temperature).add_(to_q[rows])
-            z.sub_(m_t[rows]).mul_(inv_temperature).add_(to_p[rows])
-            value, slope = facts.pointwise(x, z, own, phis)
-            phi += value.sum(1)
-            phi_slope += slope.sum(1)
+            normalisers = to_q[rows], to_p[rows], inv_temperature
+            log_q, log_p = scratch.log_probabilities(x, z, *normalisers, 0)
+            value, slope = facts.pointwise(log_q, log_p, own, phis)
+            phi += value.x.sum(1)
+            phi_slope += slope.x.sum(1)
         sums[AT.phi, rows], sums[AT.phi_slope, rows] = phi, phi_slope
 
     unread = (label == IGNORED) | (label == INVALID)
     skipped = unread if label.device.type == "cpu" else None
-    _spread((student, teacher), N, V, acc, work, 2, skipped=skipped)
+    _spread((student, teacher), N, V, acc, work, PHI_BUFFERS, skipped=skipped)
 
 
 def row_sum_parts(*args, **flags) -> Tensor:

@@ -86,6 +86,7 @@ gradient_bound = device_function(facts.gradient_bound)
 float16_room = device_function(facts.float16_room)
 pointwise = device_function(facts.pointwise)
 normalised = device_function(facts.normalised)
+floored = device_function(facts.floored)
 divided = device_function(facts.divided)
 
 

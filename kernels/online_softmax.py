@@ -43,6 +43,7 @@ FORWARD: tl.constexpr = tl.constexpr(facts.FORWARD)
 ENTROPY: tl.constexpr = tl.constexpr(facts.ENTROPY)
 TEACHER_ENTROPY: tl.constexpr = tl.constexpr(facts.TEACHER_ENTROPY)
 UNTEMPERED: tl.constexpr = tl.constexpr(facts.UNTEMPERED)
+PHI_ALONE: tl.constexpr = tl.constexpr(facts.PHI_ALONE)
 
 
 class State(NamedTuple):

@@ -5,8 +5,11 @@
     dstudent_label = at_label
 
 with x_k = s_k - m_s, z_k = t_k - m_t, and log q_k = x_k / temperature + log_q, log p_k likewise;
-what SLOPES (bits of facts.py) and PHIS do not have is not computed. weights[:, row] are
-facts.Weights.
+what SLOPES (bits of facts.py) and PHIS do not have is not computed. With PHI_ALONE it is
+
+    dstudent_k = (phi'(log q_k, log p_k) + w0 q_k) weight
+
+weights[:, row] are facts.Weights.
 
 A row whose shift is +inf has gradient 0 everywhere and is not read. ``care`` is 0 where no logit of
 the row is infinite (the label's aside): then the product above is right as it stands. A row that is
@@ -20,8 +23,8 @@ import triton.language as tl
 
 from ..facts import Weights
 from . import device, launch, tuning
-from .device import load_parameters, pointwise
-from .online_softmax import ENTROPY, FORWARD, LOG2E, REVERSE, UNTEMPERED
+from .device import fast_exp, floored, load_parameters, pointwise
+from .online_softmax import ENTROPY, FORWARD, LOG2E, PHI_ALONE, REVERSE, UNTEMPERED
 from .row_walk import (
     Geometry,
     Pair,
@@ -71,26 +74,31 @@ def to_output(g, OUT: tl.constexpr):
 @triton.jit
 def gradient(x, W, CAREFUL: tl.constexpr, OUT: tl.constexpr, G: tl.constexpr):
     s = x.s - W.m_s
-    e = tl.exp2(s * W.scale - W.shift)
     z = x.t - W.m_t
-    level = W.w0
-    if REVERSE & G.NEEDS:
-        level = W.w1 * (s - z) + level
-    if ENTROPY & G.NEEDS:
-        level = W.w3 * s + level
-    g = e * level
-    if CAREFUL:
-        # The student leaves the column out, or as good as: 0, whatever the teacher says. 0 * inf is
-        # NaN.
-        g = tl.where(e == 0.0, tl.where(W.w0 == W.w0, 0.0, W.w0), g)
-    if FORWARD & G.NEEDS:
-        g += tl.exp2(z * W.scale) * W.w2
-    if UNTEMPERED & G.NEEDS:
-        g += tl.exp2(s * LOG2E) * W.w4
     if len(G.PHIS) > 0:
-        log_q, log_p = s * W.inv_temperature + W.log_q, z * W.inv_temperature + W.log_p
+        log_q = floored(s * W.inv_temperature + W.log_q)
+        log_p = floored(z * W.inv_temperature + W.log_p)
         _, slope = pointwise(log_q, log_p, W.parameters, G.PHIS)
-        g += slope * W.phi
+    if PHI_ALONE & G.NEEDS:
+        g = (slope + W.w0 * fast_exp(log_q)) * W.phi
+    else:
+        e = tl.exp2(s * W.scale - W.shift)
+        level = W.w0
+        if REVERSE & G.NEEDS:
+            level = W.w1 * (s - z) + level
+        if ENTROPY & G.NEEDS:
+            level = W.w3 * s + level
+        g = e * level
+        if CAREFUL:
+            # The student leaves the column out, or as good as: 0, whatever the teacher says.
+            # 0 * inf is NaN.
+            g = tl.where(e == 0.0, tl.where(W.w0 == W.w0, 0.0, W.w0), g)
+        if FORWARD & G.NEEDS:
+            g += tl.exp2(z * W.scale) * W.w2
+        if UNTEMPERED & G.NEEDS:
+            g += tl.exp2(s * LOG2E) * W.w4
+        if len(G.PHIS) > 0:
+            g += slope * W.phi
     return to_output(g, OUT)
 
 

@@ -6,12 +6,14 @@ from the first sweep's sums, which normalise q and p. Reads 2 N V elements. With
 sums its share.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import device, launch, tuning
-from .device import load_parameters, normalised, pointwise
+from .device import floored, load_parameters, normalised, pointwise
 from .row_sums import FIELDS, load_sums
 from .row_walk import (
     IGNORED,
@@ -29,13 +31,28 @@ from .row_walk import (
 )
 
 
+class Row(NamedTuple):
+    """What turns a row's logits into log-probabilities, and the terms' parameters."""
+
+    m: Pair
+    normaliser: Pair
+    inv_temperature: tl.tensor
+    parameters: tl.tuple
+
+
 @triton.jit
-def add_phi(total, x, m, normaliser, inv_temperature, parameters, G: tl.constexpr):
+def add_phi(total, x, W, G: tl.constexpr):
     """Fold the pair of tiles x [LANES, VEC] into the lanes' sums."""
-    log_q = (x.s - m.s) * inv_temperature + normaliser.s
-    log_p = (x.t - m.t) * inv_temperature + normaliser.t
-    value, slope = pointwise(log_q, log_p, parameters, G.PHIS)
+    log_q = floored((x.s - W.m.s) * W.inv_temperature + W.normaliser.s)
+    log_p = floored((x.t - W.m.t) * W.inv_temperature + W.normaliser.t)
+    value, slope = pointwise(log_q, log_p, W.parameters, G.PHIS)
     return Pair(total.s + tl.sum(value, axis=1), total.t + tl.sum(slope, axis=1))
+
+
+@triton.jit
+def add_phi_part(total, ptr, offs, mask, W, filter_value, G: tl.constexpr):
+    """Of the columns under the mask."""
+    return add_phi(total, load_pair(ptr, offs, mask, filter_value, G), W, G)
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -59,9 +76,8 @@ def row_phi_kernel(
         inv_t = tl.load(inv_temperature_ptr).to(ACC)
         parameters = load_parameters(parameters_ptr, stride_x, row * row_x, PARAMETERS, ACC)
         sums = load_sums(sums_ptr, N, row, None)
-        m = Pair(sums.m_s, sums.m_t)
         log_q, log_p = normalised(sums, label, inv_t, TEACHER)
-        to = Pair(log_q, log_p)
+        W = Row(Pair(sums.m_s, sums.m_t), Pair(log_q, log_p), inv_t, parameters)
         filter_value = inv_t
         if FILTERED:
             filter_value = tl.load(filter_ptr).to(ACC)
@@ -70,18 +86,15 @@ def row_phi_kernel(
         head, body = cut_row(s_row, V, G)
         here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, False)
         for i in range(here.first, here.last - here.mine.to(tl.int32)):
-            S = add_phi(S, load_whole_pair(here, i, G), m, to, inv_t, parameters, G)
+            S = add_phi(S, load_whole_pair(here, i, G), W, G)
         if here.mine:
             offs, mask = vectors(here.picked, body, here.skip, G)
-            x = load_pair(here.body_ptr, offs, mask, filter_value, G)
-            S = add_phi(S, x, m, to, inv_t, parameters, G)
+            S = add_phi_part(S, here.body_ptr, offs, mask, W, filter_value, G)
         if here.is_end:
             offs, mask = vectors(body // G.LANES, body, here.skip, G)
-            x = load_pair(here.body_ptr, offs, mask, filter_value, G)
-            S = add_phi(S, x, m, to, inv_t, parameters, G)
+            S = add_phi_part(S, here.body_ptr, offs, mask, W, filter_value, G)
             cols, ends = end_columns(head, body, here.skip, V, G)
-            x = load_pair(here.ptr, cols, ends & (cols != label), filter_value, G)
-            S = add_phi(S, x, m, to, inv_t, parameters, G)
+            S = add_phi_part(S, here.ptr, cols, ends & (cols != label), W, filter_value, G)
     tl.store(out_ptr, tl.sum(S.s, axis=0))
     tl.store(out_ptr + N, tl.sum(S.t, axis=0))
 
