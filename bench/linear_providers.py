@@ -5,39 +5,23 @@ teacher_weight [V, H'], labels [N]) and returns the mean loss of the rows whose 
 IGNORED. That of `products` returns tensors of the two gradients' sizes instead.
 """
 
-from dataclasses import dataclass
-
-import providers
 import torch
-from providers import GAMMA
+from divergences import LOSSES
+from providers import BETAS, Provider, compiled, each, package, public
 from torch.nn import functional as F
 
 import drkl_triton
 from drkl_triton.slices import default_chunk_bytes
 
-OPS = ("reverse_kl", "drkl")
+OPS = tuple(op for op, loss in LOSSES.items() if loss.read == 2)
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Provider(providers.Provider):
-    floor: bool = False  # the products alone: nothing to check
-    rounds: tuple[str, ...] = ()  # to 16 bits, if the inputs have those: "logits", "gradient"
-    held: int = 0  # tensors of the size of all logits in float32, at most; 0: it works in slices
-
-    def rounds_on(self, device):
-        """A GPU's library multiplies 16-bit matrices only with one another; so all who use it
-        round the gradient of the logits.
-        """
-        return self.rounds if device.type == "cpu" else {*self.rounds, "gradient"}
-
 
 # --- the floor ---
 
 PART = 2048  # columns of logits that a CPU multiplies best
 
 
-def products():
+def products(op):
     """The four matrix products of a loss, in slices of rows, and no loss: what is left cannot be
     saved. Two slices are reused, and the sums are float32. The gradient's place is taken by the
     student's logits. Of 16-bit matrices a GPU's library makes float32 logits; a CPU's does not,
@@ -101,11 +85,11 @@ def _gradients(g, h, matrix, weight, part, add):
 # --- plain PyTorch ---
 
 
-def dense(rows):
+def dense(op):
     def loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
         student = F.linear(student_hidden, student_weight)
         teacher = F.linear(teacher_hidden, teacher_weight)
-        return _mean(rows(student, teacher, labels.clamp_min(0)), labels)
+        return _mean(LOSSES[op].dense(student, teacher, labels.clamp_min(0)), labels)
 
     return loss
 
@@ -119,29 +103,23 @@ def _mean(loss, labels):
 
 
 def ours(op, **options):
-    def reverse_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
-        teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        return drkl_triton.linear_reverse_kl(
-            student_hidden, student_weight, labels, **teacher, **options
-        )
+    def loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
+        return drkl_triton.linear_divergence(
+            LOSSES[op].objective, student_hidden, student_weight, labels,
+            teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, **options,
+        )  # fmt: skip
 
-    def drkl(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
-        teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        return drkl_triton.linear_drkl(
-            student_hidden, student_weight, labels, **teacher, gamma=GAMMA, **options
-        )
-
-    return lambda: {"reverse_kl": reverse_kl, "drkl": drkl}[op]
+    return loss
 
 
 # --- public losses that take the same work ---
 
 
-def liger():
+def liger(op):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     def loss(student_hidden, *others):
-        options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 1.0}
+        options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": BETAS[op]}
         function = LigerFusedLinearJSDLoss(
             **options, ignore_index=IGNORED, temperature=1.0, compiled=student_hidden.is_cuda
         )
@@ -150,7 +128,7 @@ def liger():
     return loss
 
 
-def trl():
+def trl(op):
     """What DistillationTrainer does around the function: on a GPU only rows that count go in."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -160,8 +138,9 @@ def trl():
             student_hidden, teacher_hidden = student_hidden[kept], teacher_hidden[kept]
             labels = labels[kept]
         student, teacher = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
-        beta = 1.0
-        divergence, _entropy = ChunkedDivergenceFunction.apply(*student, None, *teacher, None, beta)
+        divergence, _entropy = ChunkedDivergenceFunction.apply(
+            *student, None, *teacher, None, BETAS[op]
+        )
         return _mean(divergence, labels)
 
     return loss
@@ -169,45 +148,19 @@ def trl():
 
 # --- the list ---
 
-ROWS = {"reverse_kl": providers.reverse_kl_rows, "drkl": providers.drkl_rows}
-DENSE = {op: lambda rows=rows: dense(rows) for op, rows in ROWS.items()}
-COMPILED = {op: providers.compiled(dense(rows)) for op, rows in ROWS.items()}
 ROUNDED = ("logits", "gradient")
-
-
-def _package(name, what, gpu_only=False, **options):
-    makers = {op: ours(op, **options) for op in OPS}
-    names = {"distribution": "drkl-triton", "module": "drkl_triton"}
-    return Provider(name, what, makers, own=True, gpu_only=gpu_only, **names)
-
-
-def _public(name, what, distribution, module, make, rounds):
-    makers = {"reverse_kl": make}
-    return Provider(name, what, makers, distribution, module, foreign=True, rounds=rounds)
-
-
 ALL = (
-    Provider("products", "the four products", {op: products for op in OPS}, floor=True),
-    Provider("dense", "F.linear, then float32", DENSE, rounds=ROUNDED, held=7),
-    Provider("compile", "torch.compile of dense", COMPILED, rounds=ROUNDED, held=4),
-    _package("tiled", "this package, PyTorch in tiles", backend="tiled"),
-    _package("triton", "this package, Triton kernels", gpu_only=True, backend="triton"),
-    _package("recompute", "this package, logits twice", backend="auto", recompute=True),
-    _public(
-        "liger",
-        "Liger Kernel: fused linear JSD with beta 1",
-        "liger-kernel",
-        "liger_kernel",
-        liger,
-        rounds=ROUNDED,
+    Provider("products", "the four products", each(products, *OPS), floor=True),
+    Provider("dense", "F.linear, then float32", each(dense, *OPS), rounds=ROUNDED, held=7),
+    Provider(
+        "compile", "torch.compile of dense", each(lambda op: compiled(dense(op)), *OPS),
+        rounds=ROUNDED, held=4,
     ),
-    _public(
-        "trl",
-        "TRL: chunked divergence with beta 1",
-        "trl",
-        "trl",
-        trl,
-        rounds=("gradient",),
-    ),
-)
-BY_NAME = {provider.name: provider for provider in ALL}
+    package("tiled", "this package, PyTorch in tiles", each(ours, *OPS, backend="tiled")),
+    package("triton", "this package, Triton kernels", each(ours, *OPS, backend="triton"),
+            gpu_only=True),
+    package("recompute", "this package, logits twice", each(ours, *OPS, recompute=True)),
+    public("liger", "Liger Kernel: fused linear JSD", "liger_kernel", each(liger, *BETAS),
+           "liger-kernel", rounds=ROUNDED),
+    public("trl", "TRL: chunked divergence", "trl", each(trl, *BETAS), rounds=("gradient",)),
+)  # fmt: skip

@@ -1,43 +1,33 @@
 """The inputs of the losses from hidden states, and what is right for them.
 
-The tokens are R distinct rows, again and again, so that the float64 truth of all gradients, d
-weight included, costs R rows: it sums each distinct row as often as it counts. R is a prime, with
-which no slice's length has a factor in common: a slice left out, or taken twice, changes how often
-a row counts.
+As in truth.py, and the truth of d weight sums each distinct row as often as it counts. Their number
+is a prime, with which no slice's length has a factor in common: a slice left out, or taken twice,
+changes how often a row counts.
 """
 
-from dataclasses import dataclass
-
 import torch
+from divergences import LOSSES
 from linear_providers import IGNORED
-from providers import GAMMA
-from truth import bounds
-
-from drkl_triton import reference
+from truth import EPS, UPSTREAM, condition, ratio, rounding, run
 
 ROWS = 61
-# The gradient of the mean loss in the check: far from 1, so that a kernel that leaves it out shows.
-UPSTREAM = 300.0
 PART = 4096  # rows of a matrix that are converted to float64 at a time
-EPS = torch.finfo(torch.float32).eps
 
 
-@dataclass
-class Case:
+class Hidden:
     """One op on one shape. The logits are about 3 N(0, 1) for the student, and that + N(0, 1) for
     the teacher; half of the labels are the teacher's favourite. ``ignored``: a share of the tokens.
     """
 
-    op: str
-    dtype: torch.dtype
-    tokens: int
-    vocab: int
-    hidden: int
-    teacher_hidden: int
-    ignored: float
-    device: torch.device
+    trained = 2
+    scale = UPSTREAM
+    columns = ("op", "hidden", "teacher_hidden", "ignored", "tokens", "vocab")
+    checked = {"loss_error": "loss", "hidden_error": "d hidden", "weight_error": "d weight"}
 
-    def __post_init__(self):
+    def __init__(self, op, dtype, tokens, vocab, hidden, teacher_hidden, ignored, device):
+        self.op, self.dtype, self.tokens, self.vocab = op, dtype, tokens, vocab
+        self.hidden, self.teacher_hidden, self.ignored = hidden, teacher_hidden, ignored
+        self.device = device
         generator = torch.Generator(self.device).manual_seed(self.vocab)
         N, V, H, teacher_H = self.tokens, self.vocab, self.hidden, self.teacher_hidden
         rows, both = min(ROWS, N), min(H, teacher_H)
@@ -64,16 +54,19 @@ class Case:
         self.labels[left_out[: round(self.ignored * N)]] = IGNORED
         student, teacher = (x[self.of_row] for x in self.distinct)
         self.tensors = (student, self.student_weight, teacher, self.teacher_weight, self.labels)
+        self.leaves = self.tensors[:2]
 
-    @property
-    def counted(self):
-        """Tokens that are not ignored."""
-        return self.tokens - round(self.ignored * self.tokens)
+    def upstream(self, out, scale):
+        return torch.full_like(out, scale)
 
-    @property
-    def flops(self):
+    def rates(self, mode, row):
         """Of the four products: both models' logits, d hidden, d weight."""
-        return 2 * self.counted * self.vocab * (3 * self.hidden + self.teacher_hidden)
+        counted = self.tokens - round(self.ignored * self.tokens)
+        flops = 2 * counted * self.vocab * (3 * self.hidden + self.teacher_hidden)
+        return {"flops": flops, "gflop_per_s": flops / row["ms"] / 1e6}
+
+    def truth(self):
+        return Truth(self)
 
 
 def product(hidden, weight, dtype, absolute=False):
@@ -89,60 +82,46 @@ def product(hidden, weight, dtype, absolute=False):
 
 
 class Truth:
-    """Float64 results, and errors in multiples of what is allowed. As in tests/bounds.py that is
-    twice plain float32 PyTorch's own error, and what float32 must cost. To that is added
+    """To the limits of truth.py is added
 
-        for who rounds the logits' gradient to 16 bits: the rounding of each of its elements;
-        for who rounds the logits: four times what plain PyTorch loses by it in that row, at most.
+    what float32 costs in the products before and after the loss;
+    for who rounds the logits' gradient to 16 bits: the rounding of each of its elements;
+    for who rounds the logits: four times what plain PyTorch loses by it in that row, at most.
     """
 
     def __init__(self, case):
         self.case = case
         (student, teacher), labels = case.distinct, case.distinct_labels
-        self.options = {"gamma": GAMMA} if case.op == "drkl" else {}
-        # RKL without labels: the direct formula, as the other providers compute it
-        self.labels = labels if case.op == "drkl" else None
+        heads = (student, case.student_weight), (teacher, case.teacher_weight)
         self.counts = torch.zeros(len(labels), device=case.device, dtype=torch.float64)
         self.counts.index_add_(0, case.of_row, (case.labels != IGNORED).double())
         total = self.counts.sum()
         self.upstream = UPSTREAM / total
 
-        def logits(dtype):
-            heads = (student, case.student_weight), (teacher, case.teacher_weight)
-            return [product(*head, dtype) for head in heads]
+        def of_logits(dtype, wide):
+            return run(case.op, *(product(*head, dtype).to(wide) for head in heads), labels)
 
         def mean(x):
             return (x.double() * self.counts).sum() / total
 
-        s, t = logits(torch.float64)
-        loss, self.g = self._run(s, t)
-        loss_b, self.g_b = self._run(*logits(torch.float32))
-        ones = torch.ones_like(self.counts)
-        inputs = (case.op, s, t, self.labels, ones)
+        loss, self.g = of_logits(torch.float64, torch.float64)
+        loss_b, self.g_b = of_logits(torch.float32, torch.float32)
         # by how many eps a row's logits may be off: the terms that they are sums of
         delta = sum(
-            product(x, weight, torch.float64, absolute=True).amax(-1, keepdim=True)
-            for x, weight in ((student, case.student_weight), (teacher, case.teacher_weight))
+            product(*head, torch.float64, absolute=True).amax(-1, keepdim=True) for head in heads
         )
-        kappa, _ = bounds.linear_condition(*inputs, delta, **self.options)
-        self.own = 8 * EPS * (kappa + self.g.abs())
+        logits = (product(*head, torch.float64) for head in heads)
+        kappa, terms = condition(case.op, *logits, labels)
+        self.own = 8 * EPS * (kappa * (1 + delta) + self.g.abs())
 
         self.loss = mean(loss)
-        weights = 2 if case.op == "reverse_kl" else 1 + GAMMA
-        mass = ((reference.softmax(s) + reference.softmax(t)) * (1 + (s - t).abs())).sum(-1)
         self.loss_limit = 2 * (mean(loss_b) - self.loss).abs()
-        self.loss_limit += 16 * EPS * weights * (1 + self.loss.abs())
-        self.loss_limit += 8 * EPS * mean(mass * delta[:, 0])
+        self.loss_limit += 16 * EPS * (1 + LOSSES[case.op].size) * (1 + self.loss.abs())
+        self.loss_limit += 8 * EPS * mean((terms * delta).sum(-1))
         if case.dtype.itemsize == 2:  # what plain PyTorch makes of 16-bit logits
-            loss_16, g = self._run(*(x.float() for x in logits(case.dtype)))
+            loss_16, g = of_logits(case.dtype, torch.float32)
             self.g_16 = (g * self.upstream).to(case.dtype).double() / self.upstream
             self.loss_rounding = 4 * mean((loss_16 - loss).abs())
-
-    def _run(self, s, t):
-        """(losses [R], their gradients [R, V])."""
-        ones = torch.ones(len(s), device=s.device, dtype=s.dtype)
-        function = getattr(reference, self.case.op)
-        return bounds.run(function, s, t, self.labels, ones, **self.options)
 
     def errors(self, loss, hidden, weight, rounds=()):
         """(loss, d hidden, d weight): the largest error in multiples of its limit; 1 or less is
@@ -151,29 +130,29 @@ class Truth:
         rounds = rounds if self.case.dtype.itemsize == 2 else ()
         limit = self.loss_limit + (self.loss_rounding if "logits" in rounds else 0.0)
         of_hidden, of_weight = self._hidden(hidden, rounds), self._weight(weight, rounds)
-        return bounds.ratio(loss, self.loss, limit), of_hidden, of_weight
+        return ratio(loss, self.loss, limit), of_hidden, of_weight
 
     def _parts(self, rounds):
         """Some columns of the logits at a time: (columns, the gradient, plain PyTorch's, what an
         element of it may be off, what plain PyTorch loses by rounding logits).
         """
-        out = torch.finfo(self.case.dtype)
+        eps, denormal = rounding(self.case.dtype)
         for c in range(0, self.case.vocab, PART):
             columns = slice(c, c + PART)
             g, own = self.g[:, columns], self.own[:, columns]
             if "gradient" in rounds:  # under the upstream gradient, a small one may be a denormal
-                own = own + out.eps * g.abs() + out.smallest_normal * out.eps / self.upstream
+                own = own + eps * g.abs() + denormal / self.upstream
             lost = self.g_16[:, columns] - g if "logits" in rounds else torch.zeros_like(g)
             yield columns, g, self.g_b[:, columns], own, lost
 
     def _compare(self, ours, right, plain, own, lost):
         """``ours`` has the upstream gradient in it, the others do not yet."""
-        out = torch.finfo(self.case.dtype)
+        eps, denormal = rounding(self.case.dtype)
         right, own = right * self.upstream, own * self.upstream
         plain = (plain.double() * self.upstream).to(self.case.dtype).double()
         own = own + 4 * self.upstream * lost.abs().amax(-1, keepdim=True)
-        own = own + 2 * (plain - right).abs() + 2 * out.eps * right.abs()
-        return bounds.ratio(ours, right, own + out.smallest_normal * out.eps)
+        own = own + 2 * (plain - right).abs() + 2 * eps * right.abs()
+        return ratio(ours, right, own + denormal)
 
     def _hidden(self, ours, rounds):
         case, sums, worst = self.case, [0.0] * 4, 0.0

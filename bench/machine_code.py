@@ -5,7 +5,6 @@ python bench/machine_code.py --target sm_90 --kernel row_sums row_grad --vocab 1
 """
 
 import argparse
-import csv
 import os
 import re
 import shlex
@@ -374,7 +373,9 @@ def broken(row, target):
 
     def at_most(key, limit, words):
         if key in row and row[key] > limit:
-            found.append(f"{_short(row[key])} {words}, {_short(row[key] - limit)} over {limit}")
+            found.append(
+                f"{tables.short(row[key])} {words}, {tables.short(row[key] - limit)} over {limit}"
+            )
 
     at_most("spills", MAX_SPILLS, "spilling loads and stores")
     at_most("barriers", MAX_BARRIERS, "barriers in the loop")
@@ -458,10 +459,6 @@ ms           predicted, {ROWS:,} rows: bytes over the card's bandwidth, or instr
              issue rate, whichever is more"""
 
 
-def _short(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _cell(row, key):
     if key == "bound":
         return ("memory" if row["memory_ms"] >= row["issue_ms"] else "issue") if "ms" in row else ""
@@ -477,31 +474,18 @@ def render(rows):
     """One aligned table of rows of the same target, case and dtype."""
     first, card = rows[0], CARDS[rows[0]["target"]]
     lines = [list(SHOWN.values()), *([_cell(row, key) for key in SHOWN] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {"kernel", "bound", "limits"}
-    text = [
-        "  ".join(
-            cell.ljust(w) if key in left else cell.rjust(w)
-            for key, cell, w in zip(SHOWN, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
     case = "" if first["case"] == "plain" else f", {first['case']}"
     about = f"{card.units} units, {card.slots} a clock at {card.clock} GHz, {card.bandwidth:,} GB/s"
     title = f"{first['target']}, {first['dtype']}{case}   ({card.name}: {about})"
-    return "\n".join([title, text[0], "─" * max(map(len, text)), *text[1:]])
+    left = {i for i, key in enumerate(SHOWN) if key in ("kernel", "bound", "limits")}
+    return tables.aligned(title, lines, left)
 
 
 def write_csv(path, rows, arguments):
-    commit = tables.environment(torch.device("cpu"), arguments)["commit"]
-    command = shlex.join(["python", "bench/machine_code.py", *arguments])
-    where = {"triton": triton.__version__, "commit": commit, "command": command}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            row = row | where | {"card": CARDS[row["target"]].name}
-            writer.writerow({key: _short(value) for key, value in row.items()})
+    said = shlex.join(["python", "bench/machine_code.py", *arguments])
+    where = {"triton": triton.__version__, "commit": tables.commit(), "command": said}
+    rows = [row | where | {"card": CARDS[row["target"]].name} for row in rows]
+    tables.write_csv(path, rows, COLUMNS)
 
 
 def parse(arguments):

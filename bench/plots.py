@@ -1,12 +1,10 @@
-"""Time, memory and share of the copy bandwidth against the vocabulary, one PNG each."""
+"""Each figure of a benchmark, with a line of panels for each op and dtype, one PNG each."""
 
 import matplotlib
-import providers
 
 matplotlib.use("Agg")  # files only, also where there is no display
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
-from tables import MODES  # noqa: E402
 
 # Okabe and Ito's palette, told apart with every common colour blindness; markers and dashes say it
 # again. Plain PyTorch and this package are solid, other projects' kernels dashed, WRONG is dotted.
@@ -21,91 +19,59 @@ COLOURS = {
     "orda": "#56B4E9",
     "speculators": "#777777",
     "fast_llm": "#CC79A7",
-    "trl": "#000000",
+    "trl": "#F0B000",
     "quack": "#E69F00",
+    "products": "#777777",
+    "recompute": "#56B4E9",
 }
-MARKERS = dict(zip(COLOURS, "os^DvhPX<>*d", strict=True))
+MARKERS = dict(zip(COLOURS, "os^DvhPX<>*d*s", strict=True))
+AXES = {"tokens": "tokens", "vocab": "vocabulary V (thousands)"}
 
 
-def _style(name, wrong):
-    """Baselines have hollow markers of three sizes, so that curves on top of one another show."""
-    provider, number = providers.BY_NAME[name], list(COLOURS).index(name)
-    own = provider.own
-    return {
-        "color": COLOURS[name],
-        "marker": MARKERS[name],
-        "markersize": 5 if own else 4 + 2 * (number % 3),
-        "markerfacecolor": COLOURS[name] if own else "none",
-        "linestyle": ":" if wrong else "--" if provider.foreign else "-",
-        "linewidth": 2.2 if own else 1.2,
-        "zorder": 3 if own else 2,
-    }
-
-
-FIGURES = {
-    "time": ("ms", "time (ms)", "log"),
-    "memory": ("peak_mb", "peak memory above inputs (MB)", "log"),
-    "bandwidth": ("percent_of_copy", "% of copy bandwidth", "linear"),
-}
-
-
-def draw(rows, stem):
+def draw(bench, rows, options, stem):
     """Writes <stem>-time.png and so on; returns the paths."""
-    rows = [row for row in rows if "ms" in row]
-    return [_figure(rows, kind, stem) for kind in FIGURES] if rows else []
+    timed = [row for row in rows if "ms" in row]
+    return [path for kind in bench.figures if (path := _figure(bench, timed, options, kind, stem))]
 
 
 def unique(rows, *keys):
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
-def _figure(rows, kind, stem):
-    column, label, scale = FIGURES[kind]
-    kinds = unique(rows, "op", "dtype")
-    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
-    size = (1.2 + 3.7 * len(modes), 1.6 + 2.7 * len(kinds))
+def _figure(bench, rows, options, kind, stem):
+    column, label = bench.figures[kind]
+    rows = [row for row in rows if row.get(column, "") != ""]
+    if not rows:
+        return None
+    kinds, panels = unique(rows, "op", "dtype"), list(bench.panels(rows, options))
+    size = (1.4 + 3.8 * len(panels), 1.8 + 2.8 * len(kinds))
     figure, axes = plt.subplots(
-        len(kinds), len(modes), figsize=size, squeeze=False, sharex=True, layout="constrained"
+        len(kinds), len(panels), figsize=size, squeeze=False, sharex="col", layout="constrained"
     )
     for (op, dtype), line in zip(kinds, axes, strict=True):
-        for mode, ax in zip(modes, line, strict=True):
-            here = [r for r in rows if (r["op"], r["dtype"], r["mode"]) == (op, dtype, mode)]
-            _panel(ax, here, column, scale)
-            ax.set_title(f"{op}, {dtype}: {mode}", fontsize=10)
+        for (title, axis, here), ax in zip(panels, line, strict=True):
+            here = [row for row in here if (row["op"], row["dtype"]) == (op, dtype)]
+            _panel(bench, ax, here, axis, column)
+            ax.set_title(f"{op}, {dtype}: {title}", fontsize=10)
         line[0].set_ylabel(label)
-    for ax in axes[-1]:
-        ax.set_xlabel("vocabulary V (thousands)")
-    legend(figure, axes)
+    for (_, axis, _), ax in zip(panels, axes[-1], strict=True):
+        ax.set_xlabel(AXES[axis])
+    _legend(figure, axes)
     one = rows[0]
-    place = f"{one['device']}, {one['threads']} threads" if "cpu" in stem.name else one["device"]
-    between = ": " if len(modes) > 1 else "\n"  # one column is too narrow for it in one line
-    what = f"{label} by vocabulary, {one['tokens']:,} tokens"
-    figure.suptitle(f"{place}{between}{what}", fontsize=11)
+    place = one["device"] if one["driver"] else f"{one['device']}, {one['threads']} threads"
+    figure.suptitle(f"{label}\n{place}, {bench.subject(one)}", fontsize=11)
     path = stem.with_name(f"{stem.name}-{kind}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
-def _panel(ax, rows, column, scale):
-    curves(ax, rows, "vocab", column, _style)
-    if scale == "linear":
-        ax.set_ylim(bottom=0)
-        ax.axhline(100, color="grey", linewidth=0.8, linestyle="--")
-    else:
-        log_scale(ax)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-
-
-def curves(ax, rows, axis, column, style_of):
-    """``column`` of each provider against ``axis``, the spread of times behind, and the x axis.
-    style_of(name, wrong): what ax.plot takes.
-    """
+def _panel(bench, ax, rows, axis, column):
+    """``column`` of each provider against ``axis``, the spread of times behind."""
     for (name,) in unique(rows, "provider"):
         mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r[axis])
-        mine = [r for r in mine if r.get(column, "") != ""]
         wrong = any(r.get("check") == "WRONG" for r in mine)
-        style = style_of(name, wrong)
+        style = _style(bench, name, wrong)
         x, y = [r[axis] for r in mine], [r[column] for r in mine]
         ax.plot(x, y, label=f"{name} (WRONG)" if wrong else name, **style)
         if column == "ms":
@@ -118,17 +84,34 @@ def curves(ax, rows, axis, column, style_of):
     ax.xaxis.set_major_formatter(FuncFormatter(shown))
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(True, alpha=0.3)
+    if column == "percent_of_copy":
+        ax.axhline(100, color="grey", linewidth=0.8, linestyle="--")
+    if column in ("percent_of_copy", "x_products") and max(r[column] for r in rows) < 200:
+        ax.set_ylim(bottom=0)
+    else:
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()  # labels between the powers of ten where there are few of them
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
 
 
-def log_scale(ax):
-    """Of y, with labels between the powers of ten where there are few of them."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+def _style(bench, name, wrong):
+    """Baselines have hollow markers of three sizes, so that curves on top of one another show."""
+    provider = next(p for p in bench.providers if p.name == name)
+    solid = provider.own and name != "recompute"  # whose memory is often that of the others
+    return {
+        "color": COLOURS[name],
+        "marker": MARKERS[name],
+        "markersize": 5 if solid else 4 + 2 * (list(COLOURS).index(name) % 3),
+        "markerfacecolor": COLOURS[name] if solid else "none",
+        "linestyle": ":" if wrong else "--" if provider.foreign else "-",
+        "linewidth": 2.2 if provider.own else 1.2,
+        "zorder": 3 if solid else 2,
+    }
 
 
-def legend(figure, axes):
+def _legend(figure, axes):
     entries = {}
     for ax in axes.flat:
         handles, labels = ax.get_legend_handles_labels()

@@ -1,8 +1,7 @@
 """Who takes part: plain PyTorch, this package, and the public kernels that take the same work.
 
 A provider's function gets (student, teacher, labels), logits [N, V] and labels [N], and returns the
-mean loss of the rows (softmax: probabilities [N, V] of the student). The baselines are written as a
-careful user would: float32 inside, no copy that the formula does not need.
+mean loss of the rows (softmax: probabilities [N, V] of the student).
 """
 
 import warnings
@@ -12,80 +11,103 @@ from importlib import metadata
 from importlib.util import find_spec
 
 import torch
+from divergences import LOSSES, log_probabilities
 from torch.nn import functional as F
 
 import drkl_triton
-from drkl_triton import _loss, _reduction, objectives, tiled
+from drkl_triton import _loss, _reduction, tiled
 from drkl_triton._layout import rows_of
 from drkl_triton.facts import NO_LABEL
 
-GAMMA = 0.5
-OBJECTIVES = {"reverse_kl": objectives.reverse_kl(), "drkl": objectives.drkl(GAMMA)}
-OPS = ("reverse_kl", "drkl", "softmax")
+OPS = (*LOSSES, "softmax")
+# What Liger and TRL call these.
+BETAS = {"forward_kl": 0.0, "js_divergence": 0.5, "reverse_kl": 1.0}
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    what: str
+    ops: dict[str, Callable[[], Callable]]  # op -> what makes the function
+    distribution: str = "torch"
+    module: str = "torch"
+    gpu_only: bool = False
+    own: bool = False
+    foreign: bool = False
+    overwrites: bool = False  # the student's logits become the gradient: it gets a copy, untimed
+    upstream_first: bool = False  # takes the upstream gradient as a fourth argument
+    floor: bool = False  # returns gradients, and has nothing to check
+    rounds: tuple[str, ...] = ()  # to 16 bits, if the inputs have those: "logits", "gradient"
+    held: int = 0  # tensors of the size of all logits in float32, at most; 0: too few to count
+
+    def obstacle(self, op, device):
+        """Why it cannot take part, or None."""
+        if op not in self.ops:
+            return f"does not compute {op}"
+        if find_spec(self.module) is None:
+            return "not installed"
+        if self.gpu_only and device.type == "cpu":
+            return "needs a GPU"
+        return None
+
+    @property
+    def version(self):
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    def rounds_on(self, device):
+        """A GPU's library multiplies 16-bit matrices only with one another; so all who use it
+        round the gradient of the logits.
+        """
+        return self.rounds if device.type == "cpu" else {*self.rounds, "gradient"}
+
+
+def package(name, what, ops, **options):
+    return Provider(name, what, ops, "drkl-triton", "drkl_triton", own=True, **options)
+
+
+def public(name, what, module, ops, distribution=None, **options):
+    return Provider(name, what, ops, distribution or module, module, foreign=True, **options)
 
 
 # --- plain PyTorch ---
 
 
-def _log_probabilities(student, teacher):
-    return (F.log_softmax(x, dim=-1, dtype=torch.float32) for x in (student, teacher))
-
-
-def reverse_kl_rows(student, teacher, labels):
-    log_q, log_p = _log_probabilities(student, teacher)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
-
-
-def drkl_rows(student, teacher, labels):
-    """RKL - KL(b_q || b_p) = (1 - q_y) N, so N costs only arithmetic on [N] beside RKL: of the
-    dense formulas the fastest, twice as fast as masking the label's column out.
-    """
-    log_q, log_p = _log_probabilities(student, teacher)
-    reverse_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    log_qy, log_py = (x.gather(-1, labels[:, None])[:, 0] for x in (log_q, log_p))
-    log_q_rest, log_p_rest = torch.log1p(-log_qy.exp()), torch.log1p(-log_py.exp())
-    target = log_qy.exp() * (log_qy - log_py) + log_q_rest.exp() * (log_q_rest - log_p_rest)
-    nontarget = (reverse_kl - target) / log_q_rest.exp()
-    return target + GAMMA * nontarget
-
-
-def dense_reverse_kl(student, teacher, labels):
-    return reverse_kl_rows(student, teacher, labels).mean()
-
-
-def dense_drkl(student, teacher, labels):
-    return drkl_rows(student, teacher, labels).mean()
-
-
-def dense_softmax(student, teacher, labels):
-    return torch.softmax(student, dim=-1)
-
-
-def kl_div_reverse_kl(student, teacher, labels):
-    log_q, log_p = _log_probabilities(student, teacher)
-    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+def dense(op):
+    if op == "softmax":
+        return lambda student, teacher, labels: torch.softmax(student, dim=-1)
+    return lambda *rows: LOSSES[op].dense(*rows).mean()
 
 
 def compiled(function):
     """For one shape: every case makes its own, and none falls back to dynamic shapes."""
-    return lambda: torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def kl_div(op):
+    def loss(student, teacher, labels):
+        log_q, log_p = log_probabilities(student, teacher)
+        x, y = (log_q, log_p) if op == "reverse_kl" else (log_p, log_q)
+        return F.kl_div(y, x, log_target=True, reduction="batchmean")
+
+    return loss
 
 
 # --- this package ---
 
 
 def ours(op, backend):
-    def reverse_kl(student, teacher, labels):
-        return drkl_triton.reverse_kl(student, teacher, labels, backend=backend)
+    if op == "softmax":
+        return lambda student, teacher, labels: drkl_triton.softmax(student, backend=backend)
+    loss = LOSSES[op]
 
-    def drkl(student, teacher, labels):
-        return drkl_triton.drkl(student, teacher, labels, gamma=GAMMA, backend=backend)
+    def function(student, teacher, labels):
+        teacher = teacher if loss.read == 2 else None
+        return drkl_triton.divergence(loss.objective, student, teacher, labels, backend=backend)
 
-    def softmax(student, teacher, labels):
-        return drkl_triton.softmax(student, backend=backend)
-
-    functions = {"reverse_kl": reverse_kl, "drkl": drkl, "softmax": softmax}
-    return lambda: functions[op]
+    return function
 
 
 class _Kernels(torch.autograd.Function):
@@ -99,7 +121,7 @@ class _Kernels(torch.autograd.Function):
 
         s, t, V = rows_of(student), rows_of(teacher), student.shape[-1]
         if not state:
-            objective = OBJECTIVES[op]
+            objective = LOSSES[op].objective
             one = torch.ones((), device=student.device)
             state["code"] = labels if objective.labels else torch.full_like(labels, NO_LABEL)
             state["parameters"] = _reduction.parameters(
@@ -138,11 +160,11 @@ def launches(op):
 # --- public kernels, as far as they take logits of both models ---
 
 
-def liger_reverse_kl():
+def liger_jsd(op):
     from liger_kernel.transformers.jsd import LigerJSD
 
-    loss = LigerJSD(beta=1.0)  # takes log-probabilities; their softmax is PyTorch's
-    return lambda student, teacher, labels: loss(*_log_probabilities(student, teacher))
+    loss = LigerJSD(beta=BETAS[op])  # takes log-probabilities; their softmax is PyTorch's
+    return lambda student, teacher, labels: loss(*log_probabilities(student, teacher))
 
 
 def liger_softmax():
@@ -157,12 +179,14 @@ def quack_softmax():
     return lambda student, teacher, labels: softmax(student)
 
 
-def trl_reverse_kl():
+def trl(op):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.experimental.gkd import GKDTrainer
     loss = GKDTrainer.generalized_jsd_loss
-    return lambda student, teacher, labels: loss(student, teacher, beta=1.0, reduction="batchmean")
+    return lambda student, teacher, labels: loss(
+        student, teacher, beta=BETAS[op], reduction="batchmean"
+    )
 
 
 def speculators_reverse_kl():
@@ -234,121 +258,39 @@ def fast_llm_reverse_kl():
 # --- the list ---
 
 
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    what: str
-    ops: dict[str, Callable[[], Callable]]  # op -> what makes the function
-    distribution: str = "torch"
-    module: str = "torch"
-    gpu_only: bool = False
-    own: bool = False
-    foreign: bool = False
-    overwrites: bool = (
-        False  # the student's logits become the gradient: it is handed a copy, untimed
-    )
-    upstream_first: bool = False  # takes the upstream gradient as a fourth argument
-
-    def obstacle(self, op, device):
-        """Why it cannot take part, or None."""
-        if op not in self.ops:
-            return f"does not compute {op}"
-        if find_spec(self.module) is None:
-            return "not installed"
-        if self.gpu_only and device.type == "cpu":
-            return "needs a GPU"
-        return None
-
-    @property
-    def version(self):
-        try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return ""
-
-
-def _package(name, what, **options):
-    makers = {op: ours(op, name) for op in OPS}
-    names = {"distribution": "drkl-triton", "module": "drkl_triton"}
-    return Provider(name, what, makers, own=True, **names, **options)
-
-
-def _dense(wrap):
-    return {
-        "reverse_kl": wrap(dense_reverse_kl),
-        "drkl": wrap(dense_drkl),
-        "softmax": wrap(dense_softmax),
-    }
-
-
-def _kernel(name, what, distribution, module, ops, **options):
-    return Provider(name, what, ops, distribution, module, foreign=True, **options)
+def each(make, *ops, **options):
+    return {op: lambda op=op: make(op, **options) for op in ops}
 
 
 ALL = (
-    Provider("dense", "plain PyTorch in float32", _dense(lambda function: lambda: function)),
-    Provider("kl_div", "F.kl_div of log-softmaxes", {"reverse_kl": lambda: kl_div_reverse_kl}),
-    Provider("compile", "torch.compile of dense", _dense(compiled)),
-    _package("tiled", "this package, PyTorch in tiles"),
-    _package("triton", "this package, Triton kernels", gpu_only=True),
-    Provider(
-        "kernels",
-        "the two launches alone",
-        {op: launches(op) for op in ("reverse_kl", "drkl")},
-        "drkl-triton",
-        "drkl_triton",
-        gpu_only=True,
-        own=True,
-    ),
-    _kernel(
-        "liger",
-        "Liger Kernel: JSD with beta 1; softmax",
-        "liger-kernel",
-        "liger_kernel",
-        {"reverse_kl": liger_reverse_kl, "softmax": liger_softmax},
+    Provider("dense", "plain PyTorch in float32", each(dense, *OPS)),
+    Provider("kl_div", "F.kl_div of log-softmaxes", each(kl_div, "reverse_kl", "forward_kl")),
+    Provider("compile", "torch.compile of dense", each(lambda op: compiled(dense(op)), *OPS)),
+    package("tiled", "this package, PyTorch in tiles", each(ours, *OPS, backend="tiled")),
+    package(
+        "triton", "this package, Triton kernels", each(ours, *OPS, backend="triton"),
         gpu_only=True,
     ),
-    _kernel(
-        "orda",
-        "orda-kernel: its row kernel",
-        "orda-kernel",
-        "orda_kernel",
-        {"reverse_kl": orda_reverse_kl},
-        gpu_only=True,
-        overwrites=True,
-        upstream_first=True,
+    package(
+        "kernels", "the launches alone", {op: launches(op) for op in LOSSES}, gpu_only=True
     ),
-    _kernel(
-        "speculators",
-        "vLLM speculators: fused reverse KL",
-        "speculators",
-        "speculators",
-        {"reverse_kl": speculators_reverse_kl},
-        gpu_only=True,
+    public(
+        "liger", "Liger Kernel: JSD; softmax", "liger_kernel",
+        each(liger_jsd, *BETAS) | {"softmax": liger_softmax}, "liger-kernel", gpu_only=True,
     ),
-    _kernel(
-        "fast_llm",
-        "Fast-LLM: its Triton loss",
-        "fast-llm",
-        "fast_llm",
-        {"reverse_kl": fast_llm_reverse_kl},
-        gpu_only=True,
-        upstream_first=True,
+    public(
+        "orda", "orda-kernel: its row kernel", "orda_kernel", {"reverse_kl": orda_reverse_kl},
+        "orda-kernel", gpu_only=True, overwrites=True, upstream_first=True,
     ),
-    _kernel(
-        "trl",
-        "TRL: GKD's generalized JSD with beta 1",
-        "trl",
-        "trl",
-        {"reverse_kl": trl_reverse_kl},
+    public(
+        "speculators", "vLLM speculators: fused reverse KL", "speculators",
+        {"reverse_kl": speculators_reverse_kl}, gpu_only=True,
     ),
-    _kernel(
-        "quack",
-        "QuACK: softmax",
-        "quack-kernels",
-        "quack",
-        {"softmax": quack_softmax},
-        gpu_only=True,
+    public(
+        "fast_llm", "Fast-LLM: its Triton loss", "fast_llm", {"reverse_kl": fast_llm_reverse_kl},
+        "fast-llm", gpu_only=True, upstream_first=True,
     ),
-)
-BY_NAME = {provider.name: provider for provider in ALL}
+    public("trl", "TRL: GKD's generalized JSD", "trl", each(trl, *BETAS)),
+    public("quack", "QuACK: softmax", "quack", {"softmax": quack_softmax}, "quack-kernels",
+           gpu_only=True),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The rows: what a CSV line of run.py holds, the file, and the table on the terminal."""
+"""The rows of a benchmark: where they were made, the CSV, and the table on the terminal."""
 
 import csv
 import os
@@ -11,28 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
 
-import providers
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("forward", "backward", "both")
-# Times the size of one [N, V] tensor of logits. Loss forward reads two, backward reads two and
-# writes one; softmax forward reads one and writes one, backward reads two and writes one.
-TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
-RATIOS = tuple(f"x_{provider.name}" for provider in providers.ALL)
 ENVIRONMENT = (
     *("device", "driver", "threads", "wait_policy", "torch", "triton", "python"),
     *("commit", "command"),
 )
-# The columns that tell one case from another.
-CASE = ("op", "dtype", "mode", "vocab")
-COLUMNS = (
-    *("op", "mode", "dtype", "vocab", "tokens", "logits", "provider", "version"),
-    *("check", "result_error", "grad_error", "ms", "ms_q1", "ms_q3", "runs"),
-    *("bytes", "gb_per_s", "copy_gb_per_s", "percent_of_copy", "read_gb_per_s", "peak_mb"),
-    *RATIOS,
-    *("note", *ENVIRONMENT, "date"),
-)
+
+
+def ratios(providers):
+    """Columns: see add_ratios."""
+    return [f"x_{provider.name}" for provider in providers]
 
 
 # --- where it ran ---
@@ -64,7 +54,7 @@ def commit():
     return commit
 
 
-def environment(device, arguments, script="bench/run.py"):
+def environment(device, arguments, script):
     """The columns that say where, with what and how the numbers were made."""
     gpu, driver = device.type == "cuda", ""
     if gpu:
@@ -108,6 +98,10 @@ def is_part(parser, options):
     return any(value != parser.get_default(key) for key, value in given.items())
 
 
+def said(where):
+    return ", ".join(f"{key} {where[key]}" for key in ENVIRONMENT if where[key] != "")
+
+
 # --- rows ---
 
 
@@ -118,39 +112,34 @@ def quartiles(times):
     return {"ms": ms, "ms_q1": q1, "ms_q3": q3, "runs": len(times)}
 
 
-def timed(times, nbytes, copy_gb_per_s):
-    """The columns that follow from the times of a row, in milliseconds."""
-    row = quartiles(times)
-    row |= {"bytes": nbytes, "gb_per_s": nbytes / row["ms"] / 1e6, "copy_gb_per_s": copy_gb_per_s}
-    return row | {"percent_of_copy": 100 * row["gb_per_s"] / copy_gb_per_s}
+def bandwidth(ms, nbytes, copy_gb_per_s):
+    speed = nbytes / ms / 1e6
+    row = {"bytes": nbytes, "gb_per_s": speed, "copy_gb_per_s": copy_gb_per_s}
+    return row | {"percent_of_copy": 100 * speed / copy_gb_per_s}
 
 
-def add_ratios(rows, case=CASE):
+def add_ratios(rows, tell):
     """x_<provider>: this row's time over that provider's in the same case."""
     groups = {}
     for row in rows:
         if "ms" in row:
-            groups.setdefault(tuple(row[key] for key in case), []).append(row)
+            groups.setdefault(tuple(row[key] for key in tell), []).append(row)
     for group in groups.values():
         for row in group:
             row |= {f"x_{other['provider']}": row["ms"] / other["ms"] for other in group}
 
 
-def _table_of(row):
-    return row["op"], row["dtype"], row["mode"]
-
-
-def write_csv(path, rows, columns=COLUMNS):
+def write_csv(path, rows, columns):
     """By way of a second file, so that an interruption leaves one of the two whole."""
     partial = path.with_suffix(".csv.part")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+        writer.writerows({key: short(value) for key, value in row.items()} for row in rows)
     os.replace(partial, path)
 
 
-def _short(value):
+def short(value):
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
@@ -158,51 +147,57 @@ def _short(value):
 
 
 def digits(value):
-    """Three of them, without an exponent."""
+    """Three of them, without an exponent; a dash for nothing."""
+    if value == "":
+        return "–"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _cells(row, others):
+def render(rows, bench):
+    """One aligned table for each title that the rows have."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(bench.title(row), []).append(row)
+    return "\n\n".join(_render(title, groups[title], bench) for title in groups)
+
+
+def _render(title, rows, bench):
+    rows = sorted(rows, key=lambda row: (row["tokens"] * row["vocab"], row["tokens"]))
+    timed = dict.fromkeys(row["provider"] for row in rows if "ms" in row)
+    beside = [name for name in bench.beside or timed if name in timed]
+    head = [*bench.places, "provider", "ms", "quartiles", *bench.rates, "peak MB"]
+    lines, before = [[*head, *(f"×{name}" for name in beside), "check"]], None
+    for row in rows:
+        place = [f"{row[key]:,}" for key in bench.places.values()]
+        lines.append([*(place if place != before else [""] * len(place)), row["provider"]])
+        lines[-1] += _cells(row, bench, beside)
+        before = place
+    return aligned(title, lines, left={len(bench.places), len(lines[0]) - 1})
+
+
+def _cells(row, bench, beside):
+    peak = digits(row.get("peak_mb", ""))
     if "ms" not in row:
-        return [row["provider"], "–", "", "", "", "", *["" for _ in others], row["note"]]
-    errors = f"result {row['result_error']:.2g}, gradient {row['grad_error']:.2g} times the limit"
+        return ["–", "", *("" for _ in bench.rates), peak, *("" for _ in beside), row["note"]]
+    check = row.get("check", "")
+    if check == "WRONG":
+        errors = (f"{name} {row[key]:.2g}" for key, name in bench.checked.items())
+        check += f": {', '.join(errors)} times the limit"
     return [
-        row["provider"],
         digits(row["ms"]),
         f"{digits(row['ms_q1'])}–{digits(row['ms_q3'])}",
-        digits(row["gb_per_s"]),
-        f"{row['percent_of_copy']:.0f}",
-        digits(row["peak_mb"]) if row.get("peak_mb", "") != "" else "–",
-        *(digits(row[f"x_{o}"]) if f"x_{o}" in row else "" for o in others),
-        row["check"] if row["check"] == "ok" else f"{row['check']}: {errors}",
+        *(digits(row[key]) for key in bench.rates.values()),
+        peak,
+        *(digits(row[f"x_{name}"]) if f"x_{name}" in row else "" for name in beside),
+        check,
     ]
-
-
-def render(rows):
-    """One aligned table for each op, dtype and mode."""
-    tables = {}
-    for row in rows:
-        if row.get("vocab"):
-            tables.setdefault(_table_of(row), []).append(row)
-    return "\n\n".join(_render(*key, group) for key, group in tables.items())
-
-
-def _render(op, dtype, mode, rows):
-    others = list(dict.fromkeys(row["provider"] for row in rows if "ms" in row))
-    head = ["V", "provider", "ms", "quartiles", "GB/s", "% copy", "peak MB"]
-    lines, vocab = [[*head, *(f"×{other}" for other in others), "check"]], None
-    for row in rows:
-        lines.append([f"{row['vocab']:,}" if row["vocab"] != vocab else "", *_cells(row, others)])
-        vocab = row["vocab"]
-    title = f"{op}, {dtype}, {mode}, {rows[0]['tokens']:,} tokens"
-    counted = f"bytes counted: {TENSORS_MOVED[mode]} × tokens × V × element size"
-    return aligned(f"{title}   ({counted})", lines, left={1, len(lines[0]) - 1})
 
 
 def aligned(title, lines, left):
     """The cells under one another, the columns ``left`` from the left; the first line is the
     head.
     """
+    lines = [[str(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
@@ -216,16 +211,11 @@ def aligned(title, lines, left):
 
 def render_absent(absent):
     """One line for each reason not to take part."""
-    reasons = {}
+    ops, reasons = {}, {}
     for row in absent:
-        reasons.setdefault(row["note"], {})[row["provider"]] = None
+        reason = row["provider"], row["note"].removesuffix(row["op"])
+        ops.setdefault(reason, []).append(row["op"])
+    for (name, note), missing in ops.items():
+        note += ", ".join(missing) if note.endswith(" ") else ""
+        reasons.setdefault(note, {})[name] = None
     return "\n".join(f"{note}: {', '.join(names)}" for note, names in reasons.items())
-
-
-LEGEND = """\
-ms           median, cold caches; quartiles beside it
-GB/s         the bytes counted over the median; % copy: of a large copy's GB/s, measured in turn
-             with the providers
-peak MB      most memory held above the inputs while this mode runs, in 10^6 bytes
-×dense       times the time of dense; below 1 is faster. The other × columns likewise
-check        against float64, on the call that is timed; WRONG when an error is beyond its limit"""

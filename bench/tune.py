@@ -6,11 +6,9 @@ TRITON_INTERPRET=1 python bench/tune.py --device cpu   # a few tiny settings: on
 """
 
 import argparse
-import csv
 import dataclasses
 import math
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -23,9 +21,9 @@ START = time.monotonic()
 try:
     import tables
     import torch
-    from command import current
+    from command import DTYPES, first_line, in_turn, settle_device
     from timing import Clock, Copy
-    from truth import UPSTREAM, Case
+    from truth import UPSTREAM, Logits
 
     from drkl_triton import _checks, _loss, algebra, facts, kernels, objectives, tiled
     from drkl_triton._layout import rows_of
@@ -34,7 +32,6 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make venv, or: pip install -e .")
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float32", "float16")}
 # Most important first: when time runs out, the far ends of all of these are what is missing.
 VOCABULARIES = (128256, 32000, 262144, 50257)
 ROWS = (8192, 1, 132, 1024, 8)
@@ -82,12 +79,11 @@ def parse(arguments):
     add("--compile-part", help=argparse.SUPPRESS)  # k/n: one of the compiling processes
     options = parser.parse_args(arguments)
     options.part = "-part" if tables.is_part(parser, options) else ""
-    options.device = torch.device(options.device or "cuda")
+    options.device = options.device or "cuda"
+    settle_device(parser, options)
     gpu = options.device.type == "cuda"
-    if gpu and (not torch.cuda.is_available() or _checks.INTERPRETING):
-        parser.error("needs a GPU that this PyTorch sees, and TRITON_INTERPRET=0; or --device cpu")
-    if not gpu and not _checks.INTERPRETING:
-        parser.error("--device cpu runs the kernels in Triton's interpreter: TRITON_INTERPRET=1")
+    if gpu == _checks.INTERPRETING:
+        parser.error("a GPU needs TRITON_INTERPRET=0, and --device cpu TRITON_INTERPRET=1")
     for name, on_gpu, on_cpu in (
         ("vocab", VOCABULARIES, (6000,)),
         ("tokens", ROWS, (4, 1)),
@@ -97,7 +93,6 @@ def parse(arguments):
     ):
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if gpu else on_cpu)
-    options.device = current(options.device)
     return options
 
 
@@ -174,9 +169,10 @@ class Launch:
     """A kernel's launcher on one problem, to be called with any tile."""
 
     def __init__(self, problem, device, compile_only=False):
-        case = Case("drkl", DTYPES[problem.dtype], problem.vocab, problem.tokens, device)
-        self.s, self.t = rows_of(case.student), rows_of(case.teacher)
-        self.label, self.one = case.labels, torch.ones((), device=device)
+        case = Logits("drkl", DTYPES[problem.dtype], problem.vocab, problem.tokens, device)
+        student, teacher, self.label = case.tensors
+        self.s, self.t = rows_of(student), rows_of(teacher)
+        self.one = torch.ones((), device=device)
         self.problem, self.default = problem, present_tile(problem, device)
         self.gamma = torch.full((1, 1), 0.5, device=device)
         self.loss = _loss.of(kernels, objectives.drkl(), self.one, problem.vocab)
@@ -263,13 +259,12 @@ class Sweep:
             try:  # compiles it, where nobody has
                 entry.check = "ok" if launch.same(launch.result(entry.tile), expected) else "WRONG"
             except Exception as error:  # a tile may need more than the card has
-                entry.note = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+                entry.note = first_line(error)
         for turn in range(self.options.repeats):
             if turn >= 3 and self.late():
                 break
             copies.append(self.clock.ms(self.copy)[0])
-            first = turn % len(entries)
-            for entry in entries[first:] + entries[:first]:
+            for entry in in_turn(entries, turn):
                 if not entry.note:
                     entry.times.append(self.clock.ms(lambda e=entry: launch(e.tile))[0])
         copy = self.copy.bytes / median(copies) / 1e6
@@ -282,7 +277,10 @@ class Sweep:
         row = {"row": len(self.rows) + 1, **dataclasses.asdict(problem)}
         row |= {"lanes": tile.lanes, "warps": tile.num_warps, "splits": tile.splits}
         row |= {"chosen": "yes" if chosen else "", "check": entry.check, "note": entry.note}
-        return row | (tables.timed(entry.times, problem.bytes, copy) if entry.times else {})
+        if not entry.times:
+            return row
+        row |= tables.quartiles(entry.times)
+        return row | tables.bandwidth(row["ms"], problem.bytes, copy)
 
 
 # --- compiling ahead ---
@@ -413,7 +411,6 @@ def report(rows, units, path):
     found = measured(rows)
     if not found:
         return "nothing was timed"
-    lines = [f"The best tile of each problem. Row numbers are those of {path.name}.", ""]
     head = ("problem", "lanes", "warps", "splits", "ms", "% copy", "row", "now", "now's row")
     table = [head]
     for problem, tiles in found.items():
@@ -423,11 +420,8 @@ def report(rows, units, path):
         cells = (row["lanes"], row["warps"], row["splits"], f"{row['ms']:.4g}")
         then = (f"x{now['ms'] / row['ms']:.3f}", now["row"]) if now else ("", "")
         table.append((problem, *cells, f"{row['percent_of_copy']:.0f}", row["row"], *then))
-    table = [[str(cell) for cell in line] for line in table]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        first, *rest = zip(line, widths, strict=True)
-        lines.append("  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]))
+    title = f"The best tile of each problem. Row numbers are those of {path.name}."
+    lines = [tables.aligned(title, table, left={0})]
     cut = {_problem(row) for row in rows if row["note"] == NOT_REACHED}
     found = {problem: tiles for problem, tiles in found.items() if problem not in cut} or found
     numbers, present = propose(found, units)
@@ -448,17 +442,6 @@ def report(rows, units, path):
 # --- the command ---
 
 
-def write_csv(path, rows, where):
-    partial = path.with_suffix(".csv.part")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for row in rows:
-            row = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(row | where)
-    os.replace(partial, path)
-
-
 def main(arguments=None):
     """The exit status: 1 if a tile came out wrong or nothing was timed."""
     global START  # a second call has all of its time, too
@@ -467,8 +450,7 @@ def main(arguments=None):
     options = parse(arguments)
     if options.compile_part:
         return compile_part(options.compile_part, options)
-    where = tables.environment(options.device, arguments)
-    where["command"] = shlex.join(["python", "bench/tune.py", *arguments])
+    where = tables.environment(options.device, arguments, "bench/tune.py")
     if options.device.type == "cpu":
         where["device"] = f"Triton's interpreter on a CPU: {where['device']}"
     name = f"tune-{tables.slug(options.device, where['device'])}{options.part}.csv"
@@ -487,7 +469,7 @@ def main(arguments=None):
             goes_on = not sweep.late()
         else:
             done += 1
-            write_csv(path, sweep.rows, where)
+            tables.write_csv(path, [row | where for row in sweep.rows], COLUMNS)
             print(f"{time.monotonic() - START:5.0f} s  {problem}", flush=True)
         if not goes_on:
             break
@@ -495,7 +477,7 @@ def main(arguments=None):
     if options.device.type == "cpu":
         print(f"\n{NOT_A_GPU}")
     print(f"\n{report(sweep.rows, tuning._device_shape(options.device)[0], path)}\n")
-    print(", ".join(f"{key} {where[key]}" for key in tables.ENVIRONMENT if where[key] != ""))
+    print(tables.said(where))
     timed = [row for row in sweep.rows if "ms" in row]
     return int(not timed or any(row["check"] != "ok" for row in timed))
 
