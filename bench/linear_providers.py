@@ -21,16 +21,12 @@ IGNORED = -100
 PART = 2048  # columns of logits that a CPU multiplies best
 
 
-def products(op):
+def products(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
     """The four matrix products of a loss, in slices of rows, and no loss: what is left cannot be
     saved. Two slices are reused, and the sums are float32. The gradient's place is taken by the
     student's logits. Of 16-bit matrices a GPU's library makes float32 logits; a CPU's does not,
     so that they are converted, the matrices some columns at a time.
     """
-    return _products
-
-
-def _products(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
     device, dtype = student_hidden.device, student_hidden.dtype
     (V, H), kept = student_weight.shape, (labels != IGNORED).nonzero()[:, 0]
     N, every = len(kept), len(kept) == len(labels)
@@ -150,7 +146,7 @@ def trl(op):
 
 ROUNDED = ("logits", "gradient")
 ALL = (
-    Provider("products", "the four products", each(products, *OPS), floor=True),
+    Provider("products", "the four products", each(lambda op: products, *OPS), floor=True),
     Provider("dense", "F.linear, then float32", each(dense, *OPS), rounds=ROUNDED, held=7),
     Provider(
         "compile", "torch.compile of dense", each(lambda op: compiled(dense(op)), *OPS),

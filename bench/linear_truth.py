@@ -124,26 +124,34 @@ class Truth:
             self.loss_rounding = 4 * mean((loss_16 - loss).abs())
 
     def errors(self, loss, hidden, weight, rounds=()):
-        """(loss, d hidden, d weight): the largest error in multiples of its limit; 1 or less is
-        right. ``hidden`` and ``weight`` are the gradients under UPSTREAM.
+        """(loss, d hidden, d weight): the largest errors in multiples of their limits. ``hidden``
+        and ``weight`` are the gradients under UPSTREAM.
         """
-        rounds = rounds if self.case.dtype.itemsize == 2 else ()
-        limit = self.loss_limit + (self.loss_rounding if "logits" in rounds else 0.0)
-        of_hidden, of_weight = self._hidden(hidden, rounds), self._weight(weight, rounds)
-        return ratio(loss, self.loss, limit), of_hidden, of_weight
-
-    def _parts(self, rounds):
-        """Some columns of the logits at a time: (columns, the gradient, plain PyTorch's, what an
-        element of it may be off, what plain PyTorch loses by rounding logits).
-        """
-        eps, denormal = rounding(self.case.dtype)
-        for c in range(0, self.case.vocab, PART):
+        case, (h, _) = self.case, self.case.distinct
+        (eps, denormal), limit = rounding(case.dtype), self.loss_limit
+        rounds = rounds if case.dtype.itemsize == 2 else ()
+        if "logits" in rounds:
+            limit = limit + self.loss_rounding
+        times, sums, worst = self.counts[:, None], [0.0] * 4, [ratio(loss, self.loss, limit), 0, 0]
+        for c in range(0, case.vocab, PART):  # some columns of the logits at a time
             columns = slice(c, c + PART)
-            g, own = self.g[:, columns], self.own[:, columns]
+            g, plain, own = self.g[:, columns], self.g_b[:, columns], self.own[:, columns]
             if "gradient" in rounds:  # under the upstream gradient, a small one may be a denormal
                 own = own + eps * g.abs() + denormal / self.upstream
+            # what plain PyTorch loses by rounding logits
             lost = self.g_16[:, columns] - g if "logits" in rounds else torch.zeros_like(g)
-            yield columns, g, self.g_b[:, columns], own, lost
+            w = case.student_weight[columns]
+            operands = (g, w.double(), h.double()), (plain, w.float(), h.float())
+            operands += (own, w.double().abs(), h.double().abs()), (lost, w.double(), h.double())
+            sums = [total + x @ w for total, (x, w, _) in zip(sums, operands, strict=True)]
+            of_weight = ((x * times.to(x.dtype)).t() @ h for x, _, h in operands)
+            worst[2] = max(worst[2], self._compare(weight[columns], *of_weight))
+        kept = (case.labels != IGNORED)[:, None]
+        for i in range(0, case.tokens, PART):
+            rows = slice(i, i + PART)
+            of_hidden = (x[case.of_row[rows]] * kept[rows] for x in sums)
+            worst[1] = max(worst[1], self._compare(hidden[rows], *of_hidden))
+        return tuple(worst)
 
     def _compare(self, ours, right, plain, own, lost):
         """``ours`` has the upstream gradient in it, the others do not yet."""
@@ -153,30 +161,3 @@ class Truth:
         own = own + 4 * self.upstream * lost.abs().amax(-1, keepdim=True)
         own = own + 2 * (plain - right).abs() + 2 * eps * right.abs()
         return ratio(ours, right, own + denormal)
-
-    def _hidden(self, ours, rounds):
-        case, sums, worst = self.case, [0.0] * 4, 0.0
-        for columns, g, plain, own, lost in self._parts(rounds):
-            w = case.student_weight[columns]
-            wide = w.double()
-            more = g @ wide, plain @ w.float(), own @ wide.abs(), lost @ wide
-            sums = [x + y for x, y in zip(sums, more, strict=True)]
-        kept = (case.labels != IGNORED)[:, None]
-        for i in range(0, case.tokens, PART):
-            rows = slice(i, i + PART)
-            parts = (x[case.of_row[rows]] * kept[rows] for x in sums)
-            worst = max(worst, self._compare(ours[rows], *parts))
-        return worst
-
-    def _weight(self, ours, rounds):
-        h, worst = self.case.distinct[0], 0.0
-        times, wide = self.counts[:, None], h.double()
-        for columns, g, plain, own, lost in self._parts(rounds):
-            parts = (
-                (g * times).t() @ wide,
-                (plain * times.float()).t() @ h.float(),
-                (own * times).t() @ wide.abs(),
-                (lost * times).t() @ wide,
-            )
-            worst = max(worst, self._compare(ours[columns], *parts))
-        return worst

@@ -18,10 +18,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 try:
+    import divergences
     import sass
     import tables
     import torch
     import triton
+    from command import DTYPES
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -108,23 +110,13 @@ CARDS = {  # from the makers' data sheets
 }
 ROWS = 8192  # of the predicted time
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 # What works on rows' sums alone (kernels/row_map.py): not in the plain case, which is counted.
 ROW_MAPS = ("row_labels", "row_losses", "reduce", "weights")
 # (tensors of logits read, tensors written); "log" is the LOG=True form
 # Objectives whose kernels differ: those of DRKL are reverse KL's, those of DKD forward KL's.
 OBJECTIVES = {
-    "reverse_kl": objectives.reverse_kl(),
-    "forward_kl": objectives.forward_kl(),
-    "mixed_kl": objectives.mixed_kl(),
-    "js_divergence": objectives.js_divergence(),
-    "skew_kl": objectives.skew_kl(),
-    "skew_reverse_kl": objectives.skew_reverse_kl(),
-    "total_variation": objectives.total_variation(),
-    "alpha_beta": objectives.alpha_beta(0.5, 0.5),
-    "cross_entropy": objectives.cross_entropy(),
-    "entropy": objectives.entropy(),
+    name: divergences.LOSSES[name].objective for name in ("reverse_kl", *MAX_INSTRUCTIONS_OF)
 }
 # Those that are least like each other; the others are compiled in the plain case alone.
 VARIED = ("reverse_kl", "forward_kl", "mixed_kl", "js_divergence")
@@ -435,21 +427,11 @@ COLUMNS = (
     *("load_bits", "store_bits", "barriers", "instructions", "exponentials"),
     *("card", "memory_ms", "issue_ms", "ms", "limits", "triton", "commit", "command"),
 )
-SHOWN = {  # column: its head in the table
-    "vocab": "V",
-    "kernel": "kernel",
-    "registers": "registers",
-    "spills": "spills",
-    "shared": "shared",
-    "load_bits": "loads",
-    "store_bits": "stores",
-    "barriers": "barriers",
-    "instructions": "instr/el",
-    "exponentials": "exp/el",
-    "ms": "ms",
-    "bound": "bound by",
-    "limits": "limits",
-}
+SHOWN = {  # column: its head in the table, if it is another
+    "vocab": "V", "kernel": "", "registers": "", "spills": "", "shared": "", "load_bits": "loads",
+    "store_bits": "stores", "barriers": "", "instructions": "instr/el", "exponentials": "exp/el",
+    "ms": "", "bound": "bound by", "limits": "",
+}  # fmt: skip
 LEGEND = f"""\
 registers    a thread's; spills: loads and stores of its own memory; shared: bytes a program
 loads        bits a thread moves with one load in the loops over the vocabulary; stores likewise
@@ -473,7 +455,10 @@ def _cell(row, key):
 def render(rows):
     """One aligned table of rows of the same target, case and dtype."""
     first, card = rows[0], CARDS[rows[0]["target"]]
-    lines = [list(SHOWN.values()), *([_cell(row, key) for key in SHOWN] for row in rows)]
+    lines = [
+        [SHOWN[key] or key for key in SHOWN],
+        *([_cell(row, key) for key in SHOWN] for row in rows),
+    ]
     case = "" if first["case"] == "plain" else f", {first['case']}"
     about = f"{card.units} units, {card.slots} a clock at {card.clock} GHz, {card.bandwidth:,} GB/s"
     title = f"{first['target']}, {first['dtype']}{case}   ({card.name}: {about})"

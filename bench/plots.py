@@ -19,7 +19,7 @@ COLOURS = {
     "orda": "#56B4E9",
     "speculators": "#777777",
     "fast_llm": "#CC79A7",
-    "trl": "#F0B000",
+    "trl": "#7F3C8D",
     "quack": "#E69F00",
     "products": "#777777",
     "recompute": "#56B4E9",
@@ -86,7 +86,7 @@ def _panel(bench, ax, rows, axis, column):
     ax.grid(True, alpha=0.3)
     if column == "percent_of_copy":
         ax.axhline(100, color="grey", linewidth=0.8, linestyle="--")
-    if column in ("percent_of_copy", "x_products") and max(r[column] for r in rows) < 200:
+    if column == "percent_of_copy" or column == "x_products" and max(r[column] for r in rows) < 10:
         ax.set_ylim(bottom=0)
     else:
         ax.set_yscale("log")

@@ -110,43 +110,62 @@ def ours(op, backend):
     return function
 
 
+class Launches:
+    """The kernels that read logits, and what is computed on [N] between them."""
+
+    def __init__(self, op, student, teacher, labels):
+        from drkl_triton import kernels
+
+        objective, one = LOSSES[op].objective, torch.ones((), device=student.device)
+        code = labels if objective.labels else torch.full_like(labels, NO_LABEL)
+        parameters = _reduction.parameters(objective.parameters, labels, False, one.dtype)
+        self.between = code, parameters
+        self.loss = _loss.of(kernels, objective, one, student.shape[-1])
+        self.rows_are(student, teacher)
+
+    def rows_are(self, student, teacher):
+        self.rows = rows_of(student), rows_of(teacher), *self.between
+
+    def sums(self):
+        return self.loss.sums(*self.rows)
+
+    def losses(self, sums, reduction):
+        code, parameters = self.between
+        return tiled.row_losses(
+            sums[None], code, self.loss.inv_temperature, parameters, None, None,
+            program=self.loss.program, needs=self.loss.needs, metrics=False, reduction=reduction,
+        )[1]  # fmt: skip
+
+    def weights(self, sums, upstream):
+        return self.loss.weights(*self.between, sums, upstream)
+
+    def write(self, weights):
+        return self.loss.write(*self.rows, weights)
+
+
 class _Kernels(torch.autograd.Function):
-    """The two launches alone. What is computed from their sums on [N] is kept in ``state`` from the
-    first call on, for all that follow.
+    """What is between the launches is kept in ``state`` from the first call on, for all that
+    follow.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, labels, op, state):
-        from drkl_triton import kernels
-
-        s, t, V = rows_of(student), rows_of(teacher), student.shape[-1]
         if not state:
-            objective = LOSSES[op].objective
-            one = torch.ones((), device=student.device)
-            state["code"] = labels if objective.labels else torch.full_like(labels, NO_LABEL)
-            state["parameters"] = _reduction.parameters(
-                objective.parameters, labels, False, one.dtype
-            )
-            state["loss"] = _loss.of(kernels, objective, one, V)
-        loss, rows = state["loss"], (s, t, state["code"], state["parameters"])
-        sums = loss.sums(*rows)
+            state["launches"] = Launches(op, student, teacher, labels)
+        state["launches"].rows_are(student, teacher)
+        sums = state["launches"].sums()
         if "value" not in state:
-            state["value"] = tiled.row_losses(
-                sums[None], rows[2], loss.inv_temperature, rows[3], None, None,
-                program=loss.program, needs=loss.needs, metrics=False, reduction="mean",
-            )[1]  # fmt: skip
-            state["sums"] = sums
-        ctx.rows, ctx.state = rows, state
+            state["value"], state["sums"] = state["launches"].losses(sums, "mean"), sums
+        ctx.state, ctx.N = state, len(labels)
         return state["value"].detach()
 
     @staticmethod
     def backward(ctx, upstream):
-        loss, rows, state = ctx.state["loss"], ctx.rows, ctx.state
+        state, N = ctx.state, ctx.N
         if "weights" not in state:
-            state["weights"] = loss.weights(
-                rows[2], rows[3], state["sums"], (upstream / len(rows[2])).expand(len(rows[2]))
-            )
-        return loss.write(*rows, state["weights"]), None, None, None, None
+            upstream = (upstream / N).expand(N)
+            state["weights"] = state["launches"].weights(state["sums"], upstream)
+        return state["launches"].write(state["weights"]), None, None, None, None
 
 
 def launches(op):
@@ -222,16 +241,9 @@ def orda_reverse_kl():
         options = {"student_scale": 0.0, "kl_weight": 1.0, "kl_temperature": 1.0}
         scale = torch.full((), upstream / len(labels), device=student.device)
         kernel(
-            student.detach(),
-            teacher,
-            labels,
-            unused,
-            loss,
-            kl_divergence="reverse",
-            gradient_materialization_factor=scale,
-            assume_valid=True,
-            **options,
-        )
+            student.detach(), teacher, labels, unused, loss, kl_divergence="reverse",
+            gradient_materialization_factor=scale, assume_valid=True, **options,
+        )  # fmt: skip
         return loss.mean(), student.detach()
 
     return lambda *case: _GradientInForward.apply(*case, launch)
@@ -243,14 +255,10 @@ def fast_llm_reverse_kl():
 
     def launch(student, teacher, labels, upstream):
         return triton_entropy_loss_forward_backward(
-            student.detach(),
-            teacher,
-            loss_mask=None,
-            grad_output=upstream,
-            logits_scale_factor=1.0,
-            target_format=TargetFormat.logits,
+            student.detach(), teacher, loss_mask=None, grad_output=upstream,
+            logits_scale_factor=1.0, target_format=TargetFormat.logits,
             entropy_loss_type=EntropyLossType.reverse_kl,
-        )
+        )  # fmt: skip
 
     return lambda *case: _GradientInForward.apply(*case, launch)
 

@@ -21,6 +21,7 @@ class OfLogits(command.Bench):
     dtypes = "default: bfloat16; on a CPU float32, too"
     defaults = {
         "tokens": (8192, 128),
+        "vocab": ([32000, 50257, 128256, 262144], [32000, 128256]),
         "repeats": (20, 5),
         "copy_mb": (2048, 256),
         "dtype": (["bfloat16"], ["float32", "bfloat16"]),
@@ -55,7 +56,7 @@ check        against float64, on the call that is timed; WRONG when an error is 
             default=list(command.MODES),
             help="default: all three",
         )
-        add("--vocab", nargs="+", type=int, default=[32000, 50257, 128256, 262144], metavar="V")
+        add("--vocab", nargs="+", type=int, metavar="V", help="default: two, on a GPU four")
         add("--logits", choices=("random", "real"), default="random", help="real: SmolLM2's")
         add("--tokens", type=int, help="rows of logits; default: 8192 on a GPU, 128 on a CPU")
         add("--copy-mb", type=int, help="size of the copy; default: 2048 on a GPU, 256 on a CPU")

@@ -22,10 +22,11 @@ try:
     import tables
     import torch
     from command import DTYPES, first_line, in_turn, settle_device
+    from providers import Launches
     from timing import Clock, Copy
     from truth import UPSTREAM, Logits
 
-    from drkl_triton import _checks, _loss, algebra, facts, kernels, objectives, tiled
+    from drkl_triton import _checks, algebra, kernels
     from drkl_triton._layout import rows_of
     from drkl_triton.kernels import tuning
 except ModuleNotFoundError as error:
@@ -170,19 +171,16 @@ class Launch:
 
     def __init__(self, problem, device, compile_only=False):
         case = Logits("drkl", DTYPES[problem.dtype], problem.vocab, problem.tokens, device)
-        student, teacher, self.label = case.tensors
-        self.s, self.t = rows_of(student), rows_of(teacher)
+        self.launches = Launches("drkl", *case.tensors)
         self.one = torch.ones((), device=device)
         self.problem, self.default = problem, present_tile(problem, device)
-        self.gamma = torch.full((1, 1), 0.5, device=device)
-        self.loss = _loss.of(kernels, objectives.drkl(), self.one, problem.vocab)
         if compile_only:
             self.weights = torch.zeros((algebra.WEIGHTS, problem.tokens), device=device)
             self.state = self.weights[:2]
         elif problem.kernel == "row_grad":
             upstream = torch.full((problem.tokens,), UPSTREAM, device=device)
             sums = self.with_tile(self.default, self._row_sums)
-            self.weights = self.loss.weights(self.label, self.gamma, sums, upstream)
+            self.weights = self.launches.weights(sums, upstream)
         elif problem.kernel == "softmax_backward":
             self.state = self.with_tile(self.default, self._softmax)[1]
 
@@ -196,16 +194,16 @@ class Launch:
             tuning.choose = choose
 
     def _row_sums(self):
-        return self.loss.sums(self.s, self.t, self.label, self.gamma)
+        return self.launches.sums()
 
     def _row_grad(self):
-        return self.loss.write(self.s, self.t, self.label, self.gamma, self.weights)
+        return self.launches.write(self.weights)
 
     def _softmax(self):
-        return kernels.softmax_forward(self.s, self.one, self.problem.tokens)
+        return kernels.softmax_forward(self.launches.rows[0], self.one, self.problem.tokens)
 
     def _softmax_backward(self):
-        return kernels.softmax_backward(self.s, self.t, self.one, self.state)
+        return kernels.softmax_backward(*self.launches.rows[:2], self.one, self.state)
 
     def __call__(self, tile):
         return self.with_tile(tile, getattr(self, f"_{self.problem.kernel}"))
@@ -214,9 +212,7 @@ class Launch:
         """What must not depend on the tile, of the first and the last rows."""
         out = self(tile)
         if self.problem.kernel == "row_sums":
-            formulas = tiled.formula_arguments(out, self.label, self.one, self.gamma)
-            program = self.loss.program
-            return facts.losses(*formulas, program.terms, (), self.loss.needs, False)[0]
+            return self.launches.losses(out, "none")
         out = out[0] if isinstance(out, tuple) else out
         return torch.cat([out[:8], out[-8:]]).float()
 
