@@ -92,6 +92,11 @@ FIRST = (
         "others", "softmax", 15,
         RUN + LIMIT + "--op softmax --providers triton dense --vocab 128256 32000 50257", DRY_RUN,
     ),
+    Step(
+        "others", "losses", 15,
+        RUN + LIMIT + "--op forward_kl js_divergence mixed_kl skew_kl alpha_beta adaptive_kl "
+        "--providers kernels triton dense --vocab 128256", DRY_RUN,
+    ),
     Step("experiments", "speed", 15, TEST + "{root}/tests/test_gpu_speed.py", "-n 0"),
     Step(
         "experiments", "splits", 40,
