@@ -47,7 +47,7 @@ class Loss(NamedTuple):
     @property
     def sweeps(self) -> bool:
         """Whether the logits are read again in the forward pass."""
-        return bool(self.program.phis) or self.program.head >= 0
+        return bool(self.program.phis) or self.program.head >= 0 or self.program.skewed
 
     def _gaps(
         self, student: Rows, teacher: Rows, label: Tensor, sums: Tensor, head: Tensor
@@ -78,12 +78,24 @@ class Loss(NamedTuple):
         sums[AT.phi], sums[AT.phi_slope] = 0.0, 0.0
         return found
 
+    def _skewed_sums(self, rows: tuple, skew: Tensor, options: dict) -> Tensor:
+        """Both models' sums make the teacher, whose are found by a second scan."""
+        _, _, label, inv_temperature = rows
+        sums = self.launchers.row_sums(*rows, self.V, needs=facts.TEACHER, **options)
+        mixture, at_label = facts.mixture(facts.Sums(*sums), label, inv_temperature, skew)
+        options = dict(needs=self.sums_needed, mixture=torch.stack(mixture), **options)
+        sums = self.launchers.row_sums(*rows, self.V, **options)
+        sums[AT.t_label], sums[AT.gap_head :] = at_label, options["mixture"]
+        return sums
+
     def sums(
         self, student: Rows, teacher: Rows, label: Tensor, parameters: Tensor | None
     ) -> Tensor:
         """[16, N]."""
         rows, program = (student, teacher, label, self.inv_temperature), self.program
         options = dict(filter_value=self.filter_value)
+        if program.skewed:
+            return self._skewed_sums(rows, parameters[0], options)
         sums = self.launchers.row_sums(*rows, self.V, needs=self.sums_needed, **options)
         if program.head >= 0:
             head = parameters[program.head].expand(label.shape)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Parameter = float | Tensor
 
 _FORMULAS: dict[str, Formula] = {}
+SKEW = "skewed teacher: "  # what the key of such an objective begins with
 
 # The sums behind a Fact and behind a slope.
 _NEEDS = {
@@ -210,13 +211,20 @@ class Objective:
     recompilation and have no gradient).
     """
 
-    def __init__(self, terms: tuple):
+    def __init__(self, terms: tuple, skew: Parameter | None = None):
         self.terms = terms  # (formula, its parameters, its weight or None)
+        self.skew = skew  # of objectives.skewed_teacher
 
     def __add__(self, other: Objective) -> Objective:
         if not isinstance(other, Objective):
             return NotImplemented
-        return Objective(self.terms + other.terms)
+        skews = [o.skew for o in (self, other) if o.needs_teacher]
+        if len(skews) == 2 and skews[0] is not skews[1] and skews[0] != skews[1]:
+            raise ValueError(
+                f"terms of one objective have one teacher, got skews {skews[0]} and {skews[1]}; "
+                "add the terms first, and call skewed_teacher on their sum"
+            )
+        return Objective(self.terms + other.terms, skews[0] if skews else None)
 
     def __radd__(self, other: Any) -> Objective:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # sum()
@@ -231,9 +239,8 @@ class Objective:
         if isinstance(weight, Objective):
             return NotImplemented
         _checks.parameter("an objective's weight", weight, "real")
-        return Objective(
-            tuple((f, p, weight if w is None else w * weight) for f, p, w in self.terms)
-        )
+        weighted = ((f, p, weight if w is None else w * weight) for f, p, w in self.terms)
+        return Objective(tuple(weighted), self.skew)
 
     __rmul__ = __mul__
 
@@ -253,7 +260,8 @@ class Objective:
             call = f"{formula.__name__}({', '.join(f'{k}={v!r}' for k, v in given)})"
             return call if weight is None else f"{weight!r} * {call}"
 
-        return " + ".join(term(*t) for t in self.terms)
+        total = " + ".join(term(*t) for t in self.terms)
+        return total if self.skew is None else f"skewed_teacher({total}, {self.skew!r})"
 
     @property
     def labels(self) -> bool:
@@ -263,7 +271,7 @@ class Objective:
     @property
     def needs(self) -> int:
         """The sums that its terms read, bits of facts.py."""
-        bits = 0
+        bits = 0 if self.skew is None else facts.SKEWED
         for formula, _, _ in self.terms:
             bits |= formula.needs
         return bits
@@ -278,12 +286,13 @@ class Objective:
 
     @property
     def key(self) -> str:
-        return "+".join(("" if w is None else "*") + f.key for f, _, w in self._ordered())
+        terms = "+".join(("" if w is None else "*") + f.key for f, _, w in self._ordered())
+        return terms if self.skew is None else SKEW + terms
 
     @property
     def parameters(self) -> list:
-        """Of all terms in the order of the key, a term's weight first."""
-        numbers = []
+        """The skew, then those of all terms in the order of the key, a term's weight first."""
+        numbers = [] if self.skew is None else [self.skew]
         for _, parameters, weight in self._ordered():
             numbers += [*parameters] if weight is None else [weight, *parameters]
         return numbers
@@ -297,12 +306,14 @@ class Program:
     phis: tuple
     slopes: int  # the sums that its gradient reads
     head: int = -1  # where the head's mass is among the parameters, with facts.GAPS
+    skewed: bool = False  # the skew is the first parameter
 
 
 @lru_cache(maxsize=1024)
 def program(key: str) -> Program:
-    terms, phis, slopes, place, head = [], [], 0, 0, -1
-    for part in key.split("+"):
+    skewed = key.startswith(SKEW)
+    terms, phis, slopes, place, head = [], [], skewed * facts.SKEWED, int(skewed), -1
+    for part in key.removeprefix(SKEW).split("+"):
         formula, weighted = _find(part.lstrip("*")), part.startswith("*")
         count = len(formula.parameters)
         weight = place if weighted else -1
@@ -316,7 +327,7 @@ def program(key: str) -> Program:
         slopes |= formula.slopes
     if not terms:
         slopes |= facts.PHI_ALONE
-    return Program(tuple(terms), tuple(phis), slopes, head)
+    return Program(tuple(terms), tuple(phis), slopes, head, skewed)
 
 
 def check(objective: Objective, rows: int = 64, tolerance: float = 1e-8) -> None:

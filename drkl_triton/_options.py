@@ -158,6 +158,8 @@ class LinearKeywords(Keywords, total=False):
 
 class OwnParameters(TypedDict, total=False):
     gamma: float | Tensor
+    skew: float | Tensor
+    detach_mixture: bool
     forward: float | Tensor
     alpha: float | Tensor
     beta: float | Tensor

@@ -40,6 +40,7 @@ TEACHER_ENTROPY = 16  # g
 UNTEMPERED = 32  # c, where the temperature is not 1
 GAPS = 64  # gap_head, gap_tail, which take sweeps of their own
 PHI_ALONE = 128  # of slopes: the objective has pointwise terms and no other
+SKEWED = 256  # the teacher is a Mixture
 METRICS = TEACHER + REVERSE + ENTROPY + TEACHER_ENTROPY
 
 
@@ -76,10 +77,22 @@ class Sums(NamedTuple):
     s_label: Any
     t_label: Any
     care: Any
+    # the last four of a skewed teacher: its Mixture
     gap_head: Any  # _loss.py, where the objective asks for them
     gap_tail: Any
     phi: Any  # kernels/row_phi.py, where the objective has pointwise terms
     phi_slope: Any
+
+
+class Mixture(NamedTuple):
+    """Of a row, what makes a skewed teacher of its logits: w q_k = exp((s_k - m_s) / temperature +
+    log_q) and (1 - w) p_k likewise.
+    """
+
+    m_s: Any
+    log_q: Any
+    m_t: Any
+    log_p: Any
 
 
 class Facts(NamedTuple):
@@ -149,8 +162,8 @@ class Weights(NamedTuple):
     w2: Any
     w3: Any
     w4: Any
-    phi: Any
-    log_q: Any
+    phi: Any  # of a skewed teacher these are its Mixture but for m_s, in this order: m_t, log_q,
+    log_q: Any  # log_p
     log_p: Any
 
 
@@ -423,11 +436,14 @@ def weights(
     w0 = clean(w0, row.is_nan, zero)
     at_label = clean(at_label, row.is_nan, zero)
     care = tl.where((back > 1) & (sums.care < 1), 1.0, sums.care)
+    phi = tl.where(live, upstream * inv_temperature, 0.0)
     log_q, log_p = normalisers(sums, f, row)
+    if SKEWED & NEEDS:
+        log_q, phi, log_p = sums.gap_tail, sums.phi, sums.phi_slope
     return Weights(
         sums.m_s, sums.m_t, shift, tl.where(live, w1, 0.0), w0, at_label, care,
-        tl.where(live, w2, 0.0), tl.where(live, w3, 0.0), tl.where(live, w4, 0.0),
-        tl.where(live, upstream * inv_temperature, 0.0), log_q, log_p,
+        tl.where(live, w2, 0.0), tl.where(live, w3, 0.0), tl.where(live, w4, 0.0), phi, log_q,
+        log_p,
     )  # fmt: skip
 
 
@@ -441,6 +457,29 @@ def normalisers(sums, f, row):
     """(of the student, of the teacher): log q_k = x_k / temperature plus this, for k != y."""
     log_q = tl.where(sums.d_s == 0, 0.0, f.log_rest - row.log_d)
     return log_q, tl.where(sums.d_t == 0, 0.0, f.log_p_rest - row.log_dt)
+
+
+def log_add(a, b):
+    """log(e^a + e^b); maximum() would lose a NaN."""
+    log_sum = tl.where(a > b, a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b)))
+    return tl.where((a == -INF) & (b == -INF), -INF, log_sum)
+
+
+def skewed(s, t, mixture, inv_temperature):
+    """The skewed teacher's logit, from both models': temperature log(w q + (1 - w) p)."""
+    log_q = (s - mixture.m_s) * inv_temperature + mixture.log_q
+    log_p = (t - mixture.m_t) * inv_temperature + mixture.log_p
+    return log_add(log_q, log_p) / inv_temperature
+
+
+def mixture(sums, label, inv_temperature, skew):
+    """(Mixture, the label's logit), from the sums of both models."""
+    f, row = facts(sums, label, inv_temperature, TEACHER)
+    of_q, of_p = tl.log(skew), tl.log(1.0 - skew)
+    log_q, log_p = normalisers(sums, f, row)
+    at_label = log_add(f.log_q + of_q, f.log_p + of_p) / inv_temperature
+    at_label = tl.where(row.is_nan, float("nan"), at_label)
+    return Mixture(sums.m_s, log_q + of_q, sums.m_t, log_p + of_p), at_label
 
 
 def gradient_bound(

@@ -273,7 +273,7 @@ def reverse_kl() -> Objective:
 
 
 @_named
-def drkl(gamma: Parameter = 0.5) -> Objective:
+def drkl(gamma: Parameter = 0.5, skew: Parameter = 0.0) -> Objective:
     r"""Diversity-aware reverse KL: reverse KL with the weight of its non-target part made constant,
     per token.
 
@@ -291,13 +291,16 @@ def drkl(gamma: Parameter = 0.5) -> Objective:
             GPU, where looking would stall the device, the row's loss and gradient are NaN.
         gamma: weight of the non-target part. Positive number, or tensor, 0-dim or ``[...]``, one
             per token (not validated, no gradient); under ``shift`` at the place of the label.
+        skew: replaces the teacher by ``(1 - skew) p + skew q``, without a gradient; from 0 to below
+            1, or a tensor like gamma. The logits are then read twice in the forward pass, and
+            metrics are of that teacher.
 
     All other arguments, the result and the errors are those of :func:`reverse_kl`. With
     ``support="teacher"`` and a teacher that leaves out the label, the target part is 0. Where the
     student is -inf at the label, the loss is ``-log(1 - p_y) + gamma N``; where it is finite at the
     label only, ``-log p_y``, with gradient 0.
     """
-    return objectives.drkl(gamma)
+    return objectives.skewed_teacher(objectives.drkl(gamma), skew)
 
 
 @_named
@@ -369,11 +372,16 @@ def skew_kl(alpha: Parameter = 0.1) -> Objective:
 
 
 @_named
-def skew_reverse_kl(alpha: Parameter = 0.1) -> Objective:
+def skew_reverse_kl(alpha: Parameter = 0.1, detach_mixture: bool = False) -> Objective:
     """``KL(q || alpha q + (1 - alpha) p)``, per token (DistiLLM, arXiv 2402.03898); alpha between 0
-    and 1. The gradient goes through the mixture as well. It is finite wherever both rows are
-    distributions. All else is as in :func:`reverse_kl`.
+    and 1. It is finite wherever both rows are distributions. All else is as in :func:`reverse_kl`.
+
+    Args:
+        detach_mixture: take the mixture for a constant teacher. Otherwise the gradient goes through
+            it as well.
     """
+    if detach_mixture:
+        return objectives.skewed_teacher(objectives.reverse_kl(), alpha)
     return objectives.skew_reverse_kl(alpha)
 
 

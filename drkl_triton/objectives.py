@@ -27,8 +27,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import _checks
 from ._objective import Formula, Objective, check, pointwise, separable
-from .facts import ABSENT, INF, Facts, Slopes, target_kl, times, tl, two_point_kl, whole_entropy
+from .facts import (
+    ABSENT,
+    GAPS,
+    INF,
+    Facts,
+    Slopes,
+    target_kl,
+    times,
+    tl,
+    two_point_kl,
+    whole_entropy,
+)
 
 __all__ = [
     "Facts",
@@ -51,6 +63,7 @@ __all__ = [
     "separable",
     "skew_kl",
     "skew_reverse_kl",
+    "skewed_teacher",
     "symmetric_kl",
     "target_kl",
     "teacher_entropy",
@@ -164,6 +177,30 @@ def mixed_kl(forward: float | Tensor = 0.5) -> Objective:
 def symmetric_kl() -> Objective:
     """(KL(p || q) + KL(q || p)) / 2."""
     return mixed_kl(0.5)
+
+
+def skewed_teacher(objective: Objective, skew: float | Tensor) -> Objective:
+    """The objective with the teacher replaced by the distribution (1 - skew) p + skew q, a constant
+    for the gradient: finite wherever the student is, and closer to it (the mixture of arXiv
+    2402.03898 as a target). skew is between 0 and 1; a tensor, 0-dim or [...], is not validated and
+    has no gradient. The number 0 leaves the objective as it is.
+
+    The logits are read twice in the forward pass.
+
+    Raises:
+        ValueError: the objective reads no teacher, has one already, or has pointwise terms or
+            adaptive_kl, which are not defined over it.
+    """
+    if not isinstance(skew, Tensor) and skew == 0:
+        return objective
+    _checks.parameter("skew", skew, "fraction")
+    if not objective.needs_teacher or objective.skew is not None:
+        raise ValueError(f"skewed_teacher takes an objective with a plain teacher, got {objective}")
+    if any(f.is_pointwise or f.needs & GAPS for f, _, _ in objective.terms):
+        raise ValueError(
+            f"skewed_teacher takes separable divergences other than adaptive_kl, got {objective}"
+        )
+    return Objective(objective.terms, skew)
 
 
 # --- pointwise ---

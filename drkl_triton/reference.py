@@ -361,6 +361,8 @@ def divergence(
 
     # the edges, by the logits alone
     is_nan = (_is_bad(s) | _is_bad(t)) & ~ignored
+    if objective.skew is not None:
+        t = _skewed_teacher(s, t, _own(objective.skew, s, shift), temperature)
     here = torch.where(has_label, y, 0)
     missing = (t == -INF) & (s != -INF)
     reasons = {
@@ -399,21 +401,30 @@ def divergence(
     return reduced, metrics
 
 
-def _terms(objective, r: _Rows, shift: bool) -> Tensor:
-    def own(x):
-        if not isinstance(x, Tensor):
-            return x
-        x = x.to(r.s)
-        return torch.roll(x, -1, dims=-1) if shift and x.dim() else x
+def _own(x, like: Tensor, shift: bool):
+    """A parameter, each row's own where it has one for each."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.to(like)
+    return torch.roll(x, -1, dims=-1) if shift and x.dim() else x
 
+
+def _skewed_teacher(s: Tensor, t: Tensor, skew, temperature) -> Tensor:
+    """temperature log((1 - skew) p + skew q), a constant."""
+    log_q, log_p = (log_softmax(x.detach(), temperature=temperature) for x in (s, t))
+    of_q, of_p = (_column(torch.as_tensor(x, dtype=s.dtype)).log() for x in (skew, 1 - skew))
+    return temperature * _logaddexp(log_q + of_q, log_p + of_p)
+
+
+def _terms(objective, r: _Rows, shift: bool) -> Tensor:
     loss = 0.0
     for formula, parameters, weight in objective.terms:
-        parameters = [own(x) for x in parameters]
+        parameters = [_own(x, r.s, shift) for x in parameters]
         if formula.key in _ROWS:
             value = _ROWS[formula.key][0](r, *parameters)
         else:
             value = _of_formula(formula, r, parameters)
-        loss = loss + (value if weight is None else own(weight) * value)
+        loss = loss + (value if weight is None else _own(weight, r.s, shift) * value)
     return loss
 
 
@@ -458,12 +469,11 @@ def _loss(builder):
         return divergence(builder(**own), student_logits, teacher_logits, labels, **options)
 
     names = inspect.signature(builder).parameters
-    loss.__name__, loss.__doc__ = builder.__name__, builder.__doc__
     return loss
 
 
 reverse_kl = _loss(objectives.reverse_kl)
-drkl = _loss(objectives.drkl)
+drkl = _loss(lambda gamma=0.5, skew=0.0: objectives.skewed_teacher(objectives.drkl(gamma), skew))
 forward_kl = _loss(objectives.forward_kl)
 mixed_kl = _loss(objectives.mixed_kl)
 dkd = _loss(objectives.dkd)

@@ -37,6 +37,7 @@ from .facts import (
     NO_LABEL,
     PHI_ALONE,
     REVERSE,
+    SKEWED,
     TEACHER,
     TEACHER_ENTROPY,
     UNIT,
@@ -226,6 +227,7 @@ def row_sums(
     *,
     needs: int,
     filter_value: Tensor | None = None,
+    mixture: Tensor | None = None,
 ) -> Tensor:
     """The table of sums [16, N] (kernels/row_sums.py). Rows that are not read hold 0."""
     N, acc, device = label.numel(), inv_temperature.dtype, label.device
@@ -237,14 +239,17 @@ def row_sums(
     def carefully(rows, scratch):
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
-            args = label[rows] - c, scale, scratch.tiles(*s.shape)
-            part = _sum_carefully(s, t, *args, filter_value, needs)
+            x, z, *spare = scratch.tiles(*s.shape)
+            of_rows = None if mixture is None else mixture[:, rows, None]
+            _see(s, t, x, z, filter_value, of_rows, inv_temperature)
+            part = _sum_carefully(x, z, label[rows] - c, scale, spare, needs)
             sums[:, rows] = part if c == 0 else merge(sums[:, rows], part, inv_temperature)
 
     if device.type != "cpu":  # there, looking at a number would stall the device
         spread(carefully, 5)
         return torch.where(unread, 0.0, sums)
-    if filter_value is not None or V < 2 or not float(inv_temperature) > 1e-30:
+    seen = filter_value is not None or mixture is not None  # through something
+    if seen or V < 2 or not float(inv_temperature) > 1e-30:
         spread(carefully, 5, skipped=unread)
         return sums
 
@@ -342,23 +347,16 @@ def _minus(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
     return torch.sub(x, m, out=out)
 
 
-def _leave_out_filtered(x: Tensor, z: Tensor, filter_value: Tensor) -> None:
-    """Both -inf where the teacher's logit z is at most that."""
-    absent = z <= filter_value
-    x.masked_fill_(absent, -INF)
-    z.masked_fill_(absent, -INF)
-
-
-def _below(s, t, m_s, m_t, x, z, filter_value, needs) -> None:
-    """x = s - m_s and, where it is needed, z = t - m_t."""
-    if filter_value is None:
-        _minus(s, m_s, x)
-        if needs & TEACHER:
-            _minus(t, m_t, z)
-    else:
-        _leave_out_filtered(x.copy_(s), z.copy_(t), filter_value)
-        x.sub_(m_s)
-        z.sub_(m_t)
+def _see(s, t, x, z, filter_value, mixture=None, inv_temperature=None) -> None:
+    """Logits into the buffers x, z as kernels/row_walk.py's ``seen`` has them."""
+    x.copy_(s)
+    z.copy_(t)
+    if filter_value is not None:
+        absent = z <= filter_value
+        x.masked_fill_(absent, -INF)
+        z.masked_fill_(absent, -INF)
+    if mixture is not None:
+        z.copy_(facts.skewed(x, z, facts.Mixture(*mixture), inv_temperature))
 
 
 def _at_label(x: Tensor, label: Tensor) -> Tensor:
@@ -368,13 +366,11 @@ def _at_label(x: Tensor, label: Tensor) -> Tensor:
     return torch.where(inside, x.gather(-1, column)[..., 0], -INF)
 
 
-def _sum_carefully(s, t, label, scale, buffers, filter_value, needs):
-    """Sums [16, rows] of one tile, whatever it holds. ``label`` counts from its first column."""
-    x, z, q, p, spare = buffers
-    x.copy_(s)
-    z.copy_(t)
-    if filter_value is not None:
-        _leave_out_filtered(x, z, filter_value)
+def _sum_carefully(x, z, label, scale, buffers, needs):
+    """Sums [16, rows] of one tile, whatever it holds; x and z are lost. ``label`` counts from its
+    first column.
+    """
+    q, p, spare = buffers
     s_label, t_label = (_at_label(b, label) for b in (x, z))
     for b in (x, z):  # the label's column is not part of the sums
         _leave_out(b, label, -INF)
@@ -449,7 +445,15 @@ def row_grad(
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
             x, z, *spare = scratch.tiles(*s.shape)
-            _below(s, t, W.m_s[rows], W.m_t[rows], x, z, filter_value, slopes)
+            if slopes & SKEWED or filter_value is not None:
+                mixture = None
+                if slopes & SKEWED:
+                    mixture = W.m_s[rows], W.log_q[rows], W.phi[rows], W.log_p[rows]
+                _see(s, t, x, z, filter_value, mixture, inv_temperature)
+                s, t = x, z
+            _minus(s, W.m_s[rows], x)
+            if slopes & TEACHER:
+                _minus(t, W.m_t[rows], z)
             if phis:
                 normalisers = W.log_q[rows], W.log_p[rows], inv_temperature
                 log_q, log_p = scratch.log_probabilities(x, z, *normalisers, 0 if alone else 4)
@@ -542,7 +546,11 @@ def row_phi(
         for c, e in scratch.spans:
             s, t = _tile(student, rows, c, e), _tile(teacher, rows, c, e)
             x, z, *_ = scratch.tiles(*s.shape)
-            _below(s, t, m_s[rows], m_t[rows], x, z, filter_value, TEACHER)
+            if filter_value is not None:
+                _see(s, t, x, z, filter_value)
+                s, t = x, z
+            _minus(s, m_s[rows], x)
+            _minus(t, m_t[rows], z)
             for b in (x, z):
                 _leave_out(b, label[rows] - c, -INF)
             normalisers = to_q[rows], to_p[rows], inv_temperature

@@ -87,6 +87,7 @@ float16_room = device_function(facts.float16_room)
 pointwise = device_function(facts.pointwise)
 normalised = device_function(facts.normalised)
 floored = device_function(facts.floored)
+skewed = device_function(facts.skewed)
 divided = device_function(facts.divided)
 
 

@@ -5,7 +5,8 @@
     dstudent_label = at_label
 
 with x_k = s_k - m_s, z_k = t_k - m_t, and log q_k = x_k / temperature + log_q, log p_k likewise;
-what SLOPES (bits of facts.py) and PHIS do not have is not computed. With PHI_ALONE it is
+what SLOPES (bits of facts.py) and PHIS do not have is not computed. With SKEWED t_k is the skewed
+teacher's. With PHI_ALONE it is
 
     dstudent_k = (phi'(log q_k, log p_k) + w0 q_k) weight
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..facts import Weights
+from ..facts import Mixture, Weights
 from . import device, launch, tuning
 from .device import fast_exp, floored, load_parameters, pointwise
 from .online_softmax import ENTROPY, FORWARD, LOG2E, PHI_ALONE, REVERSE, UNTEMPERED
@@ -32,6 +33,7 @@ from .row_walk import (
     cut_row,
     end_columns,
     load_pair,
+    load_view,
     load_whole_pair,
     place,
     row_pointer,
@@ -116,9 +118,9 @@ def grad_tiles(here, d_body, W, CAREFUL: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def grad_part(ptr, d_ptr, offs, mask, W, filter_value, G: tl.constexpr):
+def grad_part(ptr, d_ptr, offs, mask, W, view, G: tl.constexpr):
     """The columns under the mask."""
-    x = load_pair(ptr, offs, mask, filter_value, G)
+    x = load_pair(ptr, offs, mask, view, G)
     tl.store(d_ptr + offs, gradient(x, W, True, d_ptr.dtype.element_ty, G), mask=mask)
 
 
@@ -173,12 +175,11 @@ def row_grad_kernel(
         parameters = load_parameters(parameters_ptr, stride_x, row * row_x, PARAMETERS, ACC)
         W, all_weights = load_scalars(weights_ptr, N, scale_ptr, ACC, parameters)
         label = tl.load(label_ptr + row).to(tl.int32)
-        filter_value = W.scale
-        if FILTERED:
-            filter_value = tl.load(filter_ptr).to(ACC)
+        mixture = Mixture(W.m_s, W.log_q, W.phi, W.log_p)
+        view = load_view(filter_ptr, mixture, W.inv_temperature, ACC)
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
-        here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, False)
+        here = place(Pair(s_row, t_row), head, body, V, label, view, SPLIT, G, False)
         d_body = body_pointer(d_row, head, G)
         # w1 and w3 alone are multiplied with logits
         if ((REVERSE | ENTROPY) & SLOPES) and (FILTERED or all_weights.care != 0.0):
@@ -187,13 +188,13 @@ def row_grad_kernel(
             grad_tiles(here, d_body, W, False, G)
         if here.mine:
             offs, mask = vectors(here.picked, body, here.skip, G)
-            grad_part(here.body_ptr, d_body, offs, mask, W, filter_value, G)
+            grad_part(here.body_ptr, d_body, offs, mask, W, view, G)
         if here.is_end:
             offs, mask = vectors(body // G.LANES, body, here.skip, G)
-            grad_part(here.body_ptr, d_body, offs, mask, W, filter_value, G)
+            grad_part(here.body_ptr, d_body, offs, mask, W, view, G)
             cols, ends = end_columns(head, body, here.skip, V, G)
             ends = ends & (cols != label)
-            grad_part(here.ptr, d_row, cols, ends, W, filter_value, G)
+            grad_part(here.ptr, d_row, cols, ends, W, view, G)
             if label >= 0:
                 at_label = to_output(all_weights.at_label, d_row.dtype.element_ty)
                 tl.store(d_row + label, at_label)

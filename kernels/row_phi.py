@@ -24,6 +24,7 @@ from .row_walk import (
     cut_row,
     end_columns,
     load_pair,
+    load_view,
     load_whole_pair,
     place,
     row_pointer,
@@ -50,9 +51,9 @@ def add_phi(total, x, W, G: tl.constexpr):
 
 
 @triton.jit
-def add_phi_part(total, ptr, offs, mask, W, filter_value, G: tl.constexpr):
+def add_phi_part(total, ptr, offs, mask, W, view, G: tl.constexpr):
     """Of the columns under the mask."""
-    return add_phi(total, load_pair(ptr, offs, mask, filter_value, G), W, G)
+    return add_phi(total, load_pair(ptr, offs, mask, view, G), W, G)
 
 
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
@@ -78,23 +79,21 @@ def row_phi_kernel(
         sums = load_sums(sums_ptr, N, row, None)
         log_q, log_p = normalised(sums, label, inv_t, TEACHER)
         W = Row(Pair(sums.m_s, sums.m_t), Pair(log_q, log_p), inv_t, parameters)
-        filter_value = inv_t
-        if FILTERED:
-            filter_value = tl.load(filter_ptr).to(ACC)
+        view = load_view(filter_ptr, sums, inv_t, ACC)
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
         head, body = cut_row(s_row, V, G)
-        here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, False)
+        here = place(Pair(s_row, t_row), head, body, V, label, view, SPLIT, G, False)
         for i in range(here.first, here.last - here.mine.to(tl.int32)):
             S = add_phi(S, load_whole_pair(here, i, G), W, G)
         if here.mine:
             offs, mask = vectors(here.picked, body, here.skip, G)
-            S = add_phi_part(S, here.body_ptr, offs, mask, W, filter_value, G)
+            S = add_phi_part(S, here.body_ptr, offs, mask, W, view, G)
         if here.is_end:
             offs, mask = vectors(body // G.LANES, body, here.skip, G)
-            S = add_phi_part(S, here.body_ptr, offs, mask, W, filter_value, G)
+            S = add_phi_part(S, here.body_ptr, offs, mask, W, view, G)
             cols, ends = end_columns(head, body, here.skip, V, G)
-            S = add_phi_part(S, here.ptr, cols, ends & (cols != label), W, filter_value, G)
+            S = add_phi_part(S, here.ptr, cols, ends & (cols != label), W, view, G)
     tl.store(out_ptr, tl.sum(S.s, axis=0))
     tl.store(out_ptr + N, tl.sum(S.t, axis=0))
 

@@ -14,7 +14,7 @@ program writes the sums of its share and merge_sums_kernel adds them up.
 import triton
 import triton.language as tl
 
-from ..facts import Sums
+from ..facts import Mixture, Sums
 from . import launch, tuning
 from .online_softmax import (
     LOG2E,
@@ -34,6 +34,7 @@ from .row_walk import (
     cut_row,
     end_columns,
     load_pair,
+    load_view,
     load_whole_pair,
     place,
     row_pointer,
@@ -51,11 +52,11 @@ def is_missing(x):
 
 
 @triton.jit
-def add_part(S, care, ptr, offs, mask, scale, filter_value, G: tl.constexpr):
+def add_part(S, care, ptr, offs, mask, scale, view, G: tl.constexpr):
     """Load what the mask leaves, fold it into the lanes' state, and note in ``care`` the lanes
     where one of the two leaves out one of these columns.
     """
-    x = load_pair(ptr, offs, mask, filter_value, G)
+    x = load_pair(ptr, offs, mask, view, G)
     absent = ((x.s == float("-inf")) & mask).to(tl.int32)
     care = tl.maximum(care, tl.max(tl.maximum(absent, is_missing(x)), axis=1))
     return add_tile(S, x, scale, True, G.NEEDS), care
@@ -69,13 +70,13 @@ def sum_uneven_parts(here, scale, G: tl.constexpr):
     S = no_columns(G.LANES, G.ACC)
     care = tl.zeros([G.LANES], tl.int32)
     offs, mask = vectors(here.picked, here.last * G.LANES, here.skip, G)
-    S, care = add_part(S, care, here.body_ptr, offs, mask, scale, here.filter_value, G)
+    S, care = add_part(S, care, here.body_ptr, offs, mask, scale, here.view, G)
     if here.is_end:
         offs, mask = vectors(here.body // G.LANES, here.body, here.skip, G)
-        S, care = add_part(S, care, here.body_ptr, offs, mask, scale, here.filter_value, G)
+        S, care = add_part(S, care, here.body_ptr, offs, mask, scale, here.view, G)
         cols, ends = end_columns(here.head, here.body, here.skip, here.V, G)
         ends = ends & (cols != here.label)
-        S, care = add_part(S, care, here.ptr, cols, ends, scale, here.filter_value, G)
+        S, care = add_part(S, care, here.ptr, cols, ends, scale, here.view, G)
     return S, care
 
 
@@ -125,9 +126,16 @@ def store_state(ptr, stride_f, S, care):
         tl.store(ptr + k * stride_f, S.m_s * 0)
 
 
+@triton.jit
+def load_mixture(ptr, stride):
+    return Mixture(
+        tl.load(ptr), tl.load(ptr + stride), tl.load(ptr + 2 * stride), tl.load(ptr + 3 * stride)
+    )
+
+
 @triton.jit(do_not_specialize=["inner_s", "inner_t", "V"])
 def row_sums_kernel(
-    student_ptr, teacher_ptr, label_ptr, scale_ptr, filter_ptr, sums_ptr,
+    student_ptr, teacher_ptr, label_ptr, inv_temperature_ptr, filter_ptr, mixture_ptr, sums_ptr,
     stride_so: tl.int64, stride_si: tl.int64, stride_to: tl.int64, stride_ti: tl.int64,
     inner_s, inner_t, V,
     LANES: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
@@ -140,19 +148,21 @@ def row_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     N = tl.num_programs(0).to(tl.int64)
     label = tl.load(label_ptr + row).to(tl.int32)
-    scale = tl.load(scale_ptr).to(ACC) * LOG2E
-    filter_value = scale
-    if FILTERED:
-        filter_value = tl.load(filter_ptr).to(ACC)
+    inv_temperature = tl.load(inv_temperature_ptr).to(ACC)
+    scale = inv_temperature * LOG2E
+    mixture = Mixture(scale, scale, scale, scale)
+    if mixture_ptr is not None:
+        mixture = load_mixture(mixture_ptr + row, N)
+    view = load_view(filter_ptr, mixture, inv_temperature, ACC)
     sums_ptr += tl.program_id(1).to(tl.int64) * FIELDS * N + row
     if (label != IGNORED) & (label != INVALID):
         s_row = row_pointer(student_ptr, row, stride_so, stride_si, inner_s)
         t_row = row_pointer(teacher_ptr, row, stride_to, stride_ti, inner_t)
         head, body = cut_row(s_row, V, G)
         # One tile goes before the others: the label's, which takes a mask, or any.
-        here = place(Pair(s_row, t_row), head, body, V, label, filter_value, SPLIT, G, True)
+        here = place(Pair(s_row, t_row), head, body, V, label, view, SPLIT, G, True)
         if here.is_end:
-            x = load_pair(here.ptr, label, label >= 0, filter_value, G)
+            x = load_pair(here.ptr, label, label >= 0, view, G)
             tl.store(sums_ptr + STATE * N, x.s)
             tl.store(sums_ptr + (STATE + 1) * N, x.t)
 
@@ -234,12 +244,13 @@ def row_sum_parts(
     *,
     needs,
     filter_value=None,
+    mixture=None,
     splits=None,
 ):
     """Launch the scan. student, teacher: rows (``tensor``, ``inner``, ``strides``); label int64
     [N]; inv_temperature 0-dim; needs: the bits of facts.py that say what is summed; filter_value
-    0-dim: leave out the columns where the teacher's logit is at most this. Returns the sums of
-    every program's share, [splits, 16, N].
+    0-dim: leave out the columns where the teacher's logit is at most this; mixture [4, N]: the
+    teacher is skewed (facts.Mixture). Returns the sums of every program's share, [splits, 16, N].
     """
     N, acc = label.numel(), inv_temperature.dtype
     tile = tuning.choose(V, student, teacher, rows=N, rule=tuning.scan_splits, splits=splits)
@@ -247,8 +258,8 @@ def row_sum_parts(
     if N:
         with launch.on_device(label.device):
             row_sums_kernel[(N, tile.splits)](
-                student.tensor, teacher.tensor, label, inv_temperature, filter_value, parts,
-                *student.strides, *teacher.strides, student.inner, teacher.inner, V,
+                student.tensor, teacher.tensor, label, inv_temperature, filter_value, mixture,
+                parts, *student.strides, *teacher.strides, student.inner, teacher.inner, V,
                 LANES=tile.lanes, VEC=tile.vec, SPLIT=tile.splits > 1, num_warps=tile.num_warps,
                 ALIGNED=launch.equally_aligned(student, teacher),
                 ACC=launch.TL_DTYPE[acc], NEEDS=needs,

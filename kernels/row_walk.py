@@ -24,12 +24,14 @@ import triton
 import triton.language as tl
 
 from .. import facts
+from .device import skewed
 
 # Labels that are no column.
 NO_LABEL: tl.constexpr = tl.constexpr(facts.NO_LABEL)
 IGNORED: tl.constexpr = tl.constexpr(facts.IGNORED)
 INVALID: tl.constexpr = tl.constexpr(facts.INVALID)
 TEACHER: tl.constexpr = tl.constexpr(facts.TEACHER)
+SKEWED: tl.constexpr = tl.constexpr(facts.SKEWED)
 # Bytes of the line that a row's body starts at. A GPU's tensors start at such a line; a CPU's start
 # at 64 bytes, and in the interpreter the same numbers are to give the same bits wherever they lie.
 LINE: tl.constexpr = tl.constexpr(64 if os.environ.get("TRITON_INTERPRET") == "1" else 128)
@@ -45,6 +47,14 @@ class Geometry(NamedTuple):
     FILTERED: tl.constexpr = tl.constexpr(False)  # columns are left out by the teacher's logit
     NEEDS: tl.constexpr = tl.constexpr(0)  # what is summed, or what the gradient is made of
     PHIS: tl.constexpr = tl.constexpr(())  # the pointwise terms (facts.pointwise)
+
+
+class View(NamedTuple):
+    """What the logits that are loaded are seen through."""
+
+    filter_value: tl.tensor  # with FILTERED: what the teacher's mask was filled with
+    mixture: tl.tuple  # with SKEWED: facts.Mixture
+    inv_temperature: tl.tensor
 
 
 class Pair(NamedTuple):
@@ -69,7 +79,7 @@ class Place(NamedTuple):
     mine: tl.tensor  # whether the label is in one of them
     picked: tl.tensor  # the tile that goes before or after the others: the label's, if it is here
     is_end: tl.tensor  # whether the masked rest is in this share
-    filter_value: tl.tensor  # with FILTERED: what the teacher's mask was filled with
+    view: View
 
 
 @triton.jit
@@ -134,7 +144,15 @@ def split_tiles(body, SPLIT: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def place(ptr, head, body, V, label, filter_value, SPLIT: tl.constexpr, G: tl.constexpr,
+def load_view(filter_ptr, mixture, inv_temperature, ACC: tl.constexpr):
+    filter_value = inv_temperature
+    if filter_ptr is not None:
+        filter_value = tl.load(filter_ptr).to(ACC)
+    return View(filter_value, mixture, inv_temperature)
+
+
+@triton.jit
+def place(ptr, head, body, V, label, view, SPLIT: tl.constexpr, G: tl.constexpr,
           ANY: tl.constexpr):  # fmt: skip
     """The Place of a row at the pair of pointers ``ptr``. Where the label is in none of the share's
     tiles, ``picked`` is the first of them with ANY, and otherwise none.
@@ -144,9 +162,7 @@ def place(ptr, head, body, V, label, filter_value, SPLIT: tl.constexpr, G: tl.co
     first, last, is_end = split_tiles(body, SPLIT, G)
     mine = (label_tile >= first) & (label_tile < last)
     picked = tl.where(mine, label_tile, first if ANY else last)
-    return Place(
-        ptr, body_ptr, head, body, V, label, skip, first, last, mine, picked, is_end, filter_value
-    )
+    return Place(ptr, body_ptr, head, body, V, label, skip, first, last, mine, picked, is_end, view)
 
 
 @triton.jit
@@ -212,22 +228,26 @@ def load_vectors(ptr, tile, G: tl.constexpr):
 
 
 @triton.jit
-def on_support(x, filter_value, G: tl.constexpr):
-    """Both -inf, which is absent, where the teacher's logit is at most ``filter_value``."""
+def seen(x, view, G: tl.constexpr):
+    """Both -inf, which is absent, where the teacher's logit is at most ``filter_value``; then the
+    teacher skewed.
+    """
     if G.FILTERED:
-        absent = x.t <= filter_value
+        absent = x.t <= view.filter_value
         x = Pair(tl.where(absent, float("-inf"), x.s), tl.where(absent, float("-inf"), x.t))
+    if SKEWED & G.NEEDS:
+        x = Pair(x.s, skewed(x.s, x.t, view.mixture, view.inv_temperature))
     return x
 
 
 @triton.jit
-def load_pair(ptr, offs, mask, filter_value, G: tl.constexpr):
+def load_pair(ptr, offs, mask, view, G: tl.constexpr):
     """Both tiles in the accumulator's dtype; a masked column is -inf in both, which is absent."""
     s = load_tile(ptr.s + offs, mask, float("-inf"), G)
     t = s
     if TEACHER & G.NEEDS:
         t = load_tile(ptr.t + offs, mask, float("-inf"), G)
-    return on_support(Pair(s, t), filter_value, G)
+    return seen(Pair(s, t), view, G)
 
 
 @triton.jit
@@ -238,7 +258,7 @@ def load_whole_pair(here, i, G: tl.constexpr):
     t = s
     if TEACHER & G.NEEDS:
         t = load_vectors(here.body_ptr.t, tile, G)
-    return on_support(Pair(s, t), here.filter_value, G)
+    return seen(Pair(s, t), here.view, G)
 
 
 @triton.jit

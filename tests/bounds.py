@@ -224,6 +224,7 @@ def linear_condition(name, s, t, labels, upstream, delta, *, temperature=1.0, **
     kappa, _ = condition(name, s, t, labels, upstream, **options)
     mass = reference.softmax(s, temperature=temperature)
     if LOSSES[name].spread:
+        t = LOSSES[name].teacher(s, t, temperature)
         mass = LOSSES[name].spread(s, t, labels, mass, temperature, options)
     mass = mass * upstream.double().abs()[..., None] / temperature
     return kappa + (kappa + mass) * delta / temperature, g

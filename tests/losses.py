@@ -193,6 +193,17 @@ class Loss:
     labels: str = "may"
     weights: Callable = lambda **_: 1.0  # the sum of its terms' weights
     spread: Callable | None = None  # what an element moves by when a logit does (bounds.py)
+    skew: float = 0.0  # of the teacher
+
+    def teacher(self, student, teacher, temperature):
+        """In float64, as the loss sees it."""
+        s, t = student.double(), teacher.double()
+        if not self.skew:
+            return t
+        log_q, log_p = (reference.log_softmax(x, temperature=temperature) for x in (s, t))
+        of_q, of_p = log_q + math.log(self.skew), log_p + math.log1p(-self.skew)
+        m = torch.logaddexp(of_q, of_p).masked_fill((s == -INF) & (t == -INF), -INF)
+        return temperature * m
 
     def split(self, options):
         """(its parameters, the other options)."""
@@ -246,6 +257,14 @@ LOSSES = {
     "drkl + cross_entropy": Loss(
         _mix, _sum(drkl, cross_entropy, z_loss), labels="must", weights=lambda **_: 1.5
     ),
+    "drkl (skewed teacher)": Loss(
+        lambda gamma=0.5: o.skewed_teacher(o.drkl(gamma), 0.1), drkl, labels="must",
+        weights=lambda gamma=0.5: 1 + gamma, spread=drkl_spread, skew=0.1,
+    ),
+    "kls (skewed teacher)": Loss(
+        lambda: o.skewed_teacher(0.7 * o.reverse_kl() + 0.3 * o.forward_kl(), 0.4),
+        _sum(reverse_kl, forward_kl), skew=0.4,
+    ),
     "js + kl - entropy": Loss(_all, _sum(mixtures, forward_kl, reverse_kl, entropy)),
 }  # fmt: skip
 
@@ -293,7 +312,7 @@ def is_defined(name, student, teacher, labels, temperature=1.0, head=0.5):
 def condition(name, student, teacher, labels, upstream, *, temperature=1.0, **options):
     """(kappa, kappa'), [..., V] in float64: with and without the masses."""
     own, _ = LOSSES[name].split(options)
-    row = Row(student, teacher, labels, temperature)
+    row = Row(student, LOSSES[name].teacher(student, teacher, temperature), labels, temperature)
     scale = upstream.double().abs()[..., None] / temperature
     kappa, terms = 0.0, 0.0
     for mass, size in LOSSES[name].condition(row, **own):

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import losses
 import pytest
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import drkl_triton
-from drkl_triton import divergence, kernels, objectives, ops, reference
+from drkl_triton import divergence, objectives, ops, reference
 from drkl_triton.objectives import Slopes, pointwise, separable, tl
 
 INF = float("inf")
@@ -211,6 +212,31 @@ def test_cross_entropy_and_z_loss_are_at_temperature_1(temperature, linear, back
     assert loss.item() == pytest.approx(truth.item(), rel=1e-12)
     (ours,), (expected,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(truth, x)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_skewed_teacher_is_the_constant_mixture(linear, backend):
+    """Computed as such, with a skew of its own for each token; the label's column included."""
+    s, t, y = data(2, 5)
+    skew = torch.rand(2, 5, dtype=torch.float64) * 0.8 + 0.1
+    mixture = (skew[..., None] * s.softmax(-1) + (1 - skew[..., None]) * t.softmax(-1)).log()
+    options = dict(reduction="none", backend=backend)
+    for objective, named in (
+        (objectives.drkl(0.3), partial(drkl_triton.drkl, gamma=0.3, skew=skew)),
+        (
+            objectives.reverse_kl(),
+            partial(drkl_triton.skew_reverse_kl, alpha=skew, detach_mixture=True),
+        ),
+    ):
+        expected = run(partial(reference.divergence, objective), s, mixture, y, torch.ones(2, 5))
+        found = [run(named, s, t, y, torch.ones(2, 5), backend=backend)]
+        if linear:
+            eye, x = torch.eye(V, dtype=torch.float64), s.clone().requires_grad_()
+            skewed = objectives.skewed_teacher(objective, skew)
+            loss = drkl_triton.linear_divergence(skewed, x, eye, y, teacher_logits=t, **options)
+            found = [(loss.detach(), torch.autograd.grad(loss.sum(), x)[0])]
+        for ours, right in zip(found[0], expected, strict=True):
+            torch.testing.assert_close(ours, right)
 
 
 def test_a_gate_by_the_teachers_entropy(backend):
@@ -425,7 +451,17 @@ def test_errors():
         separable(lambda f: f.u)
     with pytest.raises(AttributeError, match="Facts have"):
         separable(lambda f: Slopes(f.nothing))
-    assert kernels.row_phi is not None
+    with pytest.raises(ValueError, match="takes an objective with a plain teacher"):
+        o.skewed_teacher(o.cross_entropy(), 0.1)
+    with pytest.raises(ValueError, match="takes separable divergences"):
+        o.skewed_teacher(o.js_divergence() + o.drkl(), 0.1)
+    with pytest.raises(ValueError, match="skew must be between 0 and 1, got 1.0"):
+        drkl_triton.drkl(s, t, y, skew=1.0)
+    skewed = o.skewed_teacher(o.drkl(), 0.1)
+    with pytest.raises(ValueError, match="got skews 0.1 and None"):
+        skewed + o.forward_kl()
+    with pytest.raises(ValueError, match="takes an objective with a plain teacher"):
+        o.skewed_teacher(skewed + o.cross_entropy(), 0.1)
 
 
 # --- compiled ---
