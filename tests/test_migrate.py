@@ -135,13 +135,13 @@ def test_logits_in_bfloat16(tmp_path, monkeypatch):
     from drkl_triton.adapters import trl as adapter
 
     seen = []
-    drkl = adapter.functional.drkl
+    divergence = adapter.functional.divergence
 
-    def spy(student, teacher, *args, **options):
+    def spy(objective, student, teacher, *args, **options):
         seen.append((student.dtype, teacher.dtype))
-        return drkl(student, teacher, *args, **options)
+        return divergence(objective, student, teacher, *args, **options)
 
-    monkeypatch.setattr(adapter.functional, "drkl", spy)
+    monkeypatch.setattr(adapter.functional, "divergence", spy)
     tokenizer = hf.tokenizer()
 
     def step(trainer_class, **options):
