@@ -93,6 +93,36 @@ def test_trl(monkeypatch):
     run("example", "trl")
 
 
+def test_an_objective_in_a_string():
+    pytest.importorskip("trl")
+    names = run("example", "objective", {})
+    assert str(names["args"].loss_objective()) == str(names["same"].loss_objective())
+    assert names["args"].linear
+
+
+def test_trls_stable_trainer(tmp_path, monkeypatch):
+    """The same loss and gradient of the same generated tokens."""
+    pytest.importorskip("trl")
+    import hf
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = hf.tokenizer()
+    tokenizer.padding_side = "left"
+    results, batch = [], None
+    for kind in ("before", "after"):
+        student, teacher = (hf.model("llama", len(tokenizer), seed=seed) for seed in (0, 1))
+        names = {"student": student, "teacher": teacher, "tokenizer": tokenizer}
+        names["prompts"] = Dataset.from_list([{"prompt": "the cat"}, {"prompt": "a dog ran"}] * 4)
+        trainer = run(kind, "stable", names)["trainer"]
+        trainer.max_completion_length = trainer.generation_config.max_new_tokens = 6
+        batch = batch or trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss = trainer.compute_loss(trainer.model, batch)
+        results.append([loss, *torch.autograd.grad(loss, list(trainer.model.parameters()))])
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5 * theirs.abs().max().item())
+
+
 def test_packing_and_num_items():
     """The gradient is that of each sequence alone, and is not where there is a cache."""
     pytest.importorskip("transformers")
@@ -254,7 +284,7 @@ def test_the_page_names_the_releases_it_was_tried_with():
 def test_links():
     anchors = {
         re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
-        for title in re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
+        for title in re.findall(r"^##+ (.+)$", PAGE, re.MULTILINE)
     }
     for target in re.findall(r"\]\(#([\w-]+)\)", PAGE):
         assert target in anchors, target

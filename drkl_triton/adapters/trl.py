@@ -30,8 +30,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "drkl_triton.adapters.trl needs a TRL that has trl.experimental.gkd and a stable "
-        f"DistillationTrainer, and its dependencies ({error}). Install them with: pip install "
-        "'trl>=1.16'"
+        f"DistillationTrainer, and its dependencies ({error}). Install them with: "
+        "pip install 'trl>=1.16'"
     ) from error
 
 __all__ = [
