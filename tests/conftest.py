@@ -23,7 +23,7 @@ def patch_each_module_once():
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, nothing_to_patch = interpreter._patch_lang, interpreter._LangPatchScope
     modules, seen_by = (interpreter.tl, interpreter.tl.core), {}
 
     def patch_lang(fn):
@@ -32,7 +32,7 @@ def patch_each_module_once():
             seen = [x for x in fn.__globals__.values() if any(x is m for m in modules)]
             seen_by[id(fn.__globals__)] = seen
         if seen and not any(is_builtin(module.load) for module in seen):
-            return interpreter._LangPatchScope()
+            return nothing_to_patch()
         return patch(fn)
 
     interpreter._patch_lang = patch_lang
