@@ -421,7 +421,7 @@ class DRKLTrainer(_LogsMetrics, GKDTrainer):
                         f"the {name} must take its output layer's result as logits with "
                         f"linear=True, got {change}={value!r} in the config of "
                         f"{type(model).__name__}; {_NO_LINEAR}, or take DRKLDistillationTrainer, "
-                        "which applies it"
+                        "which applies those that TRL knows"
                     )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
