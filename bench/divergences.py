@@ -88,10 +88,15 @@ def drkl(log_q, log_p, labels):
     return decoupled(log_q, log_p, labels, 1.0, GAMMA)
 
 
+def skewed_drkl(log_q, log_p, labels):
+    return drkl(log_q, log_mixture(log_q.detach(), log_p, 0.9), labels)
+
+
 # In the formulas q and p are logarithms.
 LOSSES = {
     "reverse_kl": Loss(of_logs(lambda q, p, y: kl(q, p)), o.reverse_kl()),
     "drkl": Loss(of_logs(drkl), o.drkl(GAMMA)),
+    "drkl-skewed": Loss(of_logs(skewed_drkl), o.skewed_teacher(o.drkl(GAMMA), 0.1)),
     "forward_kl": Loss(of_logs(lambda q, p, y: kl(p, q)), o.forward_kl()),
     "mixed_kl": Loss(of_logs(lambda q, p, y: 0.3 * kl(p, q) + 0.7 * kl(q, p)), o.mixed_kl(0.3)),
     "symmetric_kl": Loss(

@@ -31,7 +31,7 @@ try:
     from drkl_triton import _loss, _reduction, kernels, objectives
     from drkl_triton._layout import rows_of
     from drkl_triton.algebra import SUMS, WEIGHTS
-    from drkl_triton.facts import METRICS
+    from drkl_triton.facts import METRICS, SKEWED
     from drkl_triton.kernels import tuning
 except ModuleNotFoundError as error:
     sys.exit(f"{error}; at the repository's root say: make venv, or: pip install -e '.[bench]'")
@@ -59,15 +59,17 @@ MAX_INSTRUCTIONS = {
 }
 # Of the others on sm_90, in bfloat16, at 50,257 and 128,256 columns: what was asked of forward and
 # mixed KL, and of the rest what they have, and a twentieth. JSD has 14 in the scan, 26 in the sweep
-# and 25 in the gradient, of which two logarithms, five exponentials and their multiplications.
+# and 23 in the gradient: two logarithms and six exponentials; 20 to convert, subtract, scale and
+# add the normalisers, twice; and six maxima, for probabilities of 0.
 MAX_INSTRUCTIONS_OF = {
     "forward_kl": (36, 36),
     "mixed_kl": (38, 38),
-    "js_divergence": (72, 69),
-    "skew_kl": (75, 71),
-    "skew_reverse_kl": (77, 74),
-    "total_variation": (66, 63),
+    "js_divergence": (70, 67),
+    "skew_kl": (73, 69),
+    "skew_reverse_kl": (76, 72),
+    "total_variation": (64, 61),
     "alpha_beta": (73, 69),
+    "drkl-skewed": (84, 80),
     "cross_entropy": (18, 17),
     "entropy": (21, 19.5),
 }
@@ -128,6 +130,8 @@ def loss_kernels(objective):
     objective = OBJECTIVES[objective]
     read = 2 if objective.needs_teacher else 1
     found = {f"row_sums{suffix}": (read, 0)}
+    if objective.skew is not None:
+        found[f"row_sums skewed{suffix}"] = (read, 0)
     if any(f.is_pointwise for f, _, _ in objective.terms):
         found[f"row_phi{suffix}"] = (read, 0)
     return found | {f"row_grad{suffix}": (read, 1)}
@@ -209,6 +213,7 @@ def compiling(target, wanted=None):
 
     def run(self, *args, grid, warmup=False, **flags):
         name = self.__name__.removesuffix("_kernel") + (" log" if flags.get("LOG") else "")
+        name += " skewed" if flags.get("NEEDS", 0) & SKEWED else ""
         name += launched.suffix
         if name in launched or (wanted is not None and name not in wanted):
             return

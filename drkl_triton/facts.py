@@ -469,7 +469,7 @@ def skewed(s, t, mixture, inv_temperature):
     """The skewed teacher's logit, from both models': temperature log(w q + (1 - w) p)."""
     log_q = (s - mixture.m_s) * inv_temperature + mixture.log_q
     log_p = (t - mixture.m_t) * inv_temperature + mixture.log_p
-    return log_add(log_q, log_p) / inv_temperature
+    return log_add(log_q, log_p) * (1.0 / inv_temperature)
 
 
 def mixture(sums, label, inv_temperature, skew):

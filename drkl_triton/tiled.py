@@ -115,12 +115,16 @@ class _Scratch:
         return self._tiles[shape]
 
     def log_probabilities(self, x, z, to_q, to_p, inv_temperature, first: int) -> tuple[Tile, Tile]:
-        """Floored, of what x and z are raw; in the buffers from the first, which may hold them."""
+        """Floored, of what x and z are raw; in the buffers from the first, which may hold them.
+        inv_temperature None: 1.
+        """
         free = self.tiles(*x.shape)[first:]
         logs = []
         for raw, normaliser in ((x, to_q), (z, to_p)):
             log = Tile(free.pop(0), free)
-            torch.mul(raw, inv_temperature, out=log.x).add_(normaliser).clamp_min_(facts.ABSENT)
+            if inv_temperature is not None:
+                raw = torch.mul(raw, inv_temperature, out=log.x)
+            torch.add(raw, normaliser, out=log.x).clamp_min_(facts.ABSENT)
             logs.append(log)
         return logs[0], logs[1]
 
@@ -440,6 +444,7 @@ def row_grad(
     with_logits = slopes & (REVERSE | ENTROPY)
     beside = bool(slopes & (FORWARD | UNTEMPERED) or phis)
     alone = slopes & PHI_ALONE
+    inv_t = None if on_cpu and inv_temperature == 1 else inv_temperature
 
     def work(rows, scratch):
         for c, e in scratch.spans:
@@ -455,45 +460,44 @@ def row_grad(
             if slopes & TEACHER:
                 _minus(t, W.m_t[rows], z)
             if phis:
-                normalisers = W.log_q[rows], W.log_p[rows], inv_temperature
+                normalisers = W.log_q[rows], W.log_p[rows], inv_t
                 log_q, log_p = scratch.log_probabilities(x, z, *normalisers, 0 if alone else 4)
                 _, slope = facts.pointwise(log_q, log_p, _of_rows(parameters, rows), phis)
                 if alone:
-                    g = tl.exp(log_q).x.mul_(W.w0[rows]).add_(slope.x)
-                    put(rows, c, e, g, W.phi[rows])
+                    g = tl.exp(log_q) * W.w0[rows] + slope
+                    put(rows, c, e, g.x, W.phi[rows])
                     continue
-            if beside:
-                others = spare[0].zero_()
-                if slopes & FORWARD:
-                    torch.mul(z, scale, out=others).exp2_().mul_(W.w2[rows])
-                if slopes & UNTEMPERED:
-                    others.addcmul_(torch.exp(x, out=spare[1]), W.w4[rows])
-                if phis:
-                    others.addcmul_(slope.x, W.phi[rows])
+                slope = slope * W.phi[rows]
+            others = []
+            if slopes & FORWARD:
+                p = torch.mul(z, scale, out=spare[0] if with_logits else z).exp2_()
+                others.append(p.mul_(W.w2[rows]))
+            if slopes & UNTEMPERED:
+                others.append(torch.exp(x, out=spare[1]).mul_(W.w4[rows]))
+            if phis:
+                others.append(slope.x)
+            level = W.w0[rows]
             if slopes & REVERSE:
-                torch.sub(x, z, out=z).mul_(W.w1[rows]).add_(W.w0[rows])
+                level = torch.sub(x, z, out=z).mul_(W.w1[rows]).add_(level)
                 if slopes & ENTROPY:
-                    z.addcmul_(x, W.w3[rows])
+                    level.addcmul_(x, W.w3[rows])
             elif slopes & ENTROPY:
-                torch.mul(x, W.w3[rows], out=z).add_(W.w0[rows])
-            else:
-                z.copy_(W.w0[rows].expand_as(z))
+                level = torch.mul(x, W.w3[rows], out=z).add_(level)
             x.mul_(scale)
             if any_of(shifted[rows]):
                 x.sub_(W.shift[rows])
             x.exp2_()
             if with_logits and any_of(careful[rows]):
                 # The student leaves the column out, or as good as: 0, whatever the teacher says.
-                z.masked_fill_(x == 0, 0.0)
-            put(rows, c, e, x, z, others if beside else None)
+                level.masked_fill_(x == 0, 0.0)
+            put(rows, c, e, x, level, others)
 
-    def put(rows, c, e, x, factor, others=None):
-        """x * factor + others; x is lost."""
-        if others is not None:
-            x.mul_(factor)
-            function, operand = torch.add, others
-        else:
-            function, operand = torch.mul, factor
+    def put(rows, c, e, x, factor, others=()):
+        """x * factor and the sum of the others; x is lost."""
+        function, operand = torch.mul, factor
+        for other in others:
+            function(x, operand, out=x)
+            function, operand = torch.add, other
         if isinstance(rows, slice) and out.dtype == acc:
             function(x, operand, out=out[rows, c:e])
         else:  # it could convert, too, but takes twice as long
@@ -539,6 +543,7 @@ def row_phi(
     found = Sums(*sums)
     to_q, to_p = facts.normalised(found, label, inv_temperature, TEACHER)
     m_s, m_t, to_q, to_p = (x[:, None] for x in (found.m_s, found.m_t, to_q, to_p))
+    inv_t = None if label.device.type == "cpu" and inv_temperature == 1 else inv_temperature
 
     def work(rows, scratch):
         own = _of_rows(parameters, rows)
@@ -553,7 +558,7 @@ def row_phi(
             _minus(t, m_t[rows], z)
             for b in (x, z):
                 _leave_out(b, label[rows] - c, -INF)
-            normalisers = to_q[rows], to_p[rows], inv_temperature
+            normalisers = to_q[rows], to_p[rows], inv_t
             log_q, log_p = scratch.log_probabilities(x, z, *normalisers, 0)
             value, slope = facts.pointwise(log_q, log_p, own, phis)
             phi += value.x.sum(1)

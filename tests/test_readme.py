@@ -100,7 +100,7 @@ def test_options_are_those_of_the_functions():
     table = set(re.findall(r"^\| `(\w+)` \| `", text, re.MULTILINE))
     for function in (drkl_triton.reverse_kl, drkl_triton.drkl):
         keywords = inspect.signature(function).parameters.values()
-        assert {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} - {"gamma"} == table
+        assert {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} - {"gamma", "skew"} == table
 
 
 @pytest.mark.parametrize("page", PAGES[:2] + PAGES[-1:], ids=lambda page: page.name)
