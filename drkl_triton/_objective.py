@@ -74,7 +74,8 @@ class Formula:
     def __call__(self, *parameters: Parameter, **named: Parameter) -> Objective: ...
     def __call__(self, *args: Any, **named: Any) -> Slopes | tuple[Tensor, Tensor] | Objective:
         too_many = len(args) > len(self.parameters)
-        if args and isinstance(args[0], Facts | _Reader) or self.is_pointwise and too_many:
+        # a tuple: the Dynamo of torch 2.8 does not know unions
+        if args and isinstance(args[0], (Facts, _Reader)) or self.is_pointwise and too_many:
             return self.function(*args, **named)
         if too_many:
             raise TypeError(

@@ -142,7 +142,8 @@ class LinearCall(NamedTuple):
 
 
 def _linear(call: LinearCall, tensors, upstream=None, sums=None):
-    *call, _ = call._replace(wanted=list(call.wanted))
+    # not call._replace: the Dynamo of torch 2.8 does not trace it
+    *call, _ = [list(x) if isinstance(x, tuple) else x for x in call]
     return ops.linear(*tensors, upstream, sums, *call)
 
 
