@@ -43,18 +43,24 @@ def _figure(bench, rows, options, kind, stem):
     rows = [row for row in rows if row.get(column, "") != ""]
     if not rows:
         return None
-    kinds, panels = unique(rows, "op", "dtype"), list(bench.panels(rows, options))
-    size = (1.4 + 3.8 * len(panels), 1.8 + 2.8 * len(kinds))
+    ops = unique(rows, "op")
+    panels = [
+        (dtype, *panel)
+        for (dtype,) in unique(rows, "dtype")
+        for panel in bench.panels(rows, options)
+    ]
+    size = (1.4 + 3.8 * len(panels), 1.8 + 2.8 * len(ops))
     figure, axes = plt.subplots(
-        len(kinds), len(panels), figsize=size, squeeze=False, sharex="col", layout="constrained"
+        len(ops), len(panels), figsize=size, squeeze=False, sharex="col", layout="constrained"
     )
-    for (op, dtype), line in zip(kinds, axes, strict=True):
-        for (title, axis, here), ax in zip(panels, line, strict=True):
+    for (op,), line in zip(ops, axes, strict=True):
+        for (dtype, title, axis, here), ax in zip(panels, line, strict=True):
             here = [row for row in here if (row["op"], row["dtype"]) == (op, dtype)]
-            _panel(bench, ax, here, axis, column)
             ax.set_title(f"{op}, {dtype}: {title}", fontsize=10)
+            if here:
+                _panel(bench, ax, here, axis, column)
         line[0].set_ylabel(label)
-    for (_, axis, _), ax in zip(panels, axes[-1], strict=True):
+    for (_, _, axis, _), ax in zip(panels, axes[-1], strict=True):
         ax.set_xlabel(AXES[axis])
     _legend(figure, axes)
     one = rows[0]
