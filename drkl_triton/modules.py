@@ -91,8 +91,8 @@ class ReverseKLLoss(DivergenceLoss):
 class DRKLLoss(DivergenceLoss):
     """:func:`drkl_triton.drkl` as a :class:`DivergenceLoss`; ``forward`` needs labels."""
 
-    def __init__(self, *, gamma: float | Tensor = 0.5, **options: Any):
-        super().__init__(objectives.drkl(gamma), **options)
+    def __init__(self, *, gamma: float | Tensor = 0.5, skew: float | Tensor = 0.0, **options: Any):
+        super().__init__(objectives.skewed_teacher(objectives.drkl(gamma), skew), **options)
 
 
 class LinearDivergenceLoss(DivergenceLoss):
@@ -152,5 +152,5 @@ class LinearDRKLLoss(LinearDivergenceLoss):
     labels.
     """
 
-    def __init__(self, *, gamma: float | Tensor = 0.5, **options: Any):
-        super().__init__(objectives.drkl(gamma), **options)
+    def __init__(self, *, gamma: float | Tensor = 0.5, skew: float | Tensor = 0.0, **options: Any):
+        super().__init__(objectives.skewed_teacher(objectives.drkl(gamma), skew), **options)
