@@ -219,7 +219,7 @@ def linear_drkl(gamma: Parameter = 0.5, skew: Parameter = 0.0) -> Objective:
     """Diversity-aware reverse KL, as :func:`drkl_triton.drkl`, from the last hidden states and the
     output matrices of both models; the logits exist a slice at a time.
 
-    ``labels`` are required; ``gamma``, ``skew`` and the formula are those of :func:`drkl_triton.drkl`, all
-    else is as in :func:`linear_reverse_kl`.
+    ``labels`` are required; ``gamma``, ``skew`` and the formula are those of
+    :func:`drkl_triton.drkl`, all else is as in :func:`linear_reverse_kl`.
     """
     return objectives.skewed_teacher(objectives.drkl(gamma), skew)
