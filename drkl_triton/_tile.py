@@ -20,7 +20,8 @@ class Tile:
     """A tensor ``x`` of float32 or float64; ``free`` has more of its shape, or none. Nothing is
     written into a Tile that is there.
 
-    It has the operators of a tensor, and functions of torch take it: what objectives.py allows.
+    It has the operators of a tensor, and the functions of ``facts.tl`` take it. (Torch's own could
+    by ``__torch_function__``, but that is off inside of some compiled functions.)
     """
 
     __slots__ = ("exponential", "free", "x")
@@ -41,14 +42,6 @@ class Tile:
 
     def memory(self) -> Tensor:
         return self.free.pop() if self.free else torch.empty_like(self.x)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """Functions of torch, and a tensor's operators with a Tile on their right."""
-        name = function.__name__.strip("_")
-        return _OPERATIONS.get(name, _arithmetic(function))(
-            next(a for a in args if isinstance(a, Tile)), *args
-        )
 
 
 class Mask(Tile):
@@ -118,17 +111,28 @@ def _exp(tile, x):
     return x.exponential
 
 
-# By the names of Python's operators and of torch's functions.
-_OPERATIONS = {"exp": _exp, "where": _where}
-for _kind, _names in (
-    (_arithmetic, "add sub mul div neg abs pow"),
-    (_comparison, "eq ne lt le gt ge"),
-    (_logic, "and or xor not"),
-):
-    for _name in _names.split():
-        _function = getattr(torch, f"bitwise_{_name}" if _kind is _logic else _name)
-        _OPERATIONS[_name] = _OPERATIONS[_function.__name__] = _kind(_function)
-_OPERATIONS |= {"truediv": _OPERATIONS["div"], "invert": _OPERATIONS["not"]}
+def or_tiles(function, run=None):
+    """The function of tensors, made one of tiles, too."""
+    run = run or _arithmetic(function)
+
+    def call(*args):
+        for x in args:
+            if isinstance(x, Tile):
+                return run(x, *args)
+        return function(*args)
+
+    return call
+
+
+exp, where = or_tiles(torch.exp, _exp), or_tiles(torch.where, _where)
+
+_OPERATORS = {
+    _arithmetic: {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "neg": "neg"},
+    _comparison: {name: name for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    _logic: {
+        "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"
+    },
+}  # fmt: skip
 
 
 def _operators(name, run):
@@ -142,5 +146,6 @@ def _operators(name, run):
     setattr(Tile, f"__r{name}__", reflected)
 
 
-for _name, _run in _OPERATIONS.items():
-    _operators(_name, _run)
+for _kind, _names in _OPERATORS.items():
+    for _name, _function in _names.items():
+        _operators(_name, _kind(getattr(torch, _function)))

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._tile import exp, or_tiles, where
+
 # Labels that are no column.
 NO_LABEL = -1  # all columns count
 IGNORED = -2  # the row is not read; loss and gradient 0
@@ -44,22 +46,23 @@ SKEWED = 256  # the teacher is a Mixture
 METRICS = TEACHER + REVERSE + ENTROPY + TEACHER_ENTROPY
 
 
+def _maximum(x, y, **out):
+    return (torch.maximum if isinstance(y, torch.Tensor) else torch.clamp_min)(x, y, **out)
+
+
+def _minimum(x, y, **out):
+    return (torch.minimum if isinstance(y, torch.Tensor) else torch.clamp_max)(x, y, **out)
+
+
 class tl:
     """What the formulas need of triton.language, of tensors."""
 
     constexpr = bool
     float64 = torch.float64
     static_range = range
-    where, exp, exp2, log, log2 = torch.where, torch.exp, torch.exp2, torch.log, torch.log2
-    abs, floor, ceil = torch.abs, torch.floor, torch.ceil
-
-    @staticmethod
-    def maximum(x, y):
-        return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp_min(x, y)
-
-    @staticmethod
-    def minimum(x, y):
-        return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp_max(x, y)
+    where, exp, exp2, log, log2 = where, exp, *map(or_tiles, (torch.exp2, torch.log, torch.log2))
+    abs, floor, ceil = map(or_tiles, (torch.abs, torch.floor, torch.ceil))
+    maximum, minimum = or_tiles(_maximum), or_tiles(_minimum)
 
 
 class Sums(NamedTuple):
