@@ -37,6 +37,7 @@ from .modules import (  # noqa: E402
     LinearReverseKLLoss,
     ReverseKLLoss,
 )
+from .sparse import SparseTeacher  # noqa: E402
 
 __all__ = [
     "DRKLLoss",
@@ -46,6 +47,7 @@ __all__ = [
     "LinearReverseKLLoss",
     "ReverseKLLoss",
     "RowMetrics",
+    "SparseTeacher",
     "__version__",
     "adaptive_kl",
     "alpha_beta",

@@ -118,6 +118,70 @@ def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismat
     return min(V, teacher_V)
 
 
+# --- a few log-probabilities of a teacher ---
+
+TAILS = ("bucket", "renormalise", "drop", "uniform")
+
+
+def token_ids(name: str, x: Tensor) -> None:
+    """ids [..., K]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor [..., K], got {type(x).__name__}; convert it with "
+            "torch.as_tensor"
+        )
+    if not torch.compiler.is_compiling():
+        _plain_tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int64 or int32, got {x.dtype}; pass token ids")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be [..., K] with K of at least 1, got shape {tuple(x.shape)}; for one id "
+            "a row pass ids[..., None]"
+        )
+
+
+def sparse_teacher(teacher) -> None:
+    """The fields of a SparseTeacher among themselves."""
+    ids, log_probs = teacher.ids, teacher.log_probs
+    token_ids("ids", ids)
+    _floats("log_probs", log_probs, "[..., K]", "convert it with torch.as_tensor")
+    if ids.shape != log_probs.shape:
+        raise ValueError(
+            f"ids and log_probs must have one shape [..., K], got {tuple(ids.shape)} and "
+            f"{tuple(log_probs.shape)}; give each log-probability its id (-1: no entry)"
+        )
+    one_of("tail", teacher.tail, TAILS)
+    flag("normalised", teacher.normalised)
+    rows = tuple(ids.shape[:-1])
+    wanted = {"label_log_probs": rows, "log_z": (*rows, 2) if teacher.normalised else rows}
+    meaning = {
+        "label_log_probs": "the teacher's log-probability of each row's label",
+        "log_z": "the logsumexp of the teacher's logits"
+        + (" at temperature 1 and at the loss's, in this order" if teacher.normalised else ""),
+    }
+    for name, shape in wanted.items():
+        x = getattr(teacher, name)
+        if x is not None:
+            _floats(name, x, str(list(shape)), "convert it with torch.as_tensor")
+            if tuple(x.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape}, that of the ids "
+                    f"({tuple(ids.shape)}), got {tuple(x.shape)}; pass {meaning[name]}"
+                )
+    for name in ("log_probs", "log_z", "label_log_probs"):
+        x = getattr(teacher, name)
+        if x is not None:
+            detached(name, x)
+            same_device(name, x, ids, "ids")
+    if not teacher.normalised and teacher.log_z is None and teacher.tail != "renormalise":
+        raise ValueError(
+            f'tail="{teacher.tail}" needs the teacher\'s mass outside the K columns, which logits '
+            "that are not normalised do not tell, got normalised=False without log_z; pass log_z "
+            '(the logsumexp of all its logits), or tail="renormalise"'
+        )
+
+
 # --- hidden states and output matrices ---
 
 
