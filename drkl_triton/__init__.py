@@ -37,7 +37,7 @@ from .modules import (  # noqa: E402
     LinearReverseKLLoss,
     ReverseKLLoss,
 )
-from .sparse import SparseTeacher  # noqa: E402
+from .sparse import SparseTeacher, linear_log_probs_at, log_probs_at  # noqa: E402
 
 __all__ = [
     "DRKLLoss",
@@ -59,7 +59,9 @@ __all__ = [
     "js_divergence",
     "linear_divergence",
     "linear_drkl",
+    "linear_log_probs_at",
     "linear_reverse_kl",
+    "log_probs_at",
     "log_softmax",
     "mixed_kl",
     "objectives",

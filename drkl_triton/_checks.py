@@ -182,12 +182,50 @@ def sparse_teacher(teacher) -> None:
         )
 
 
+def logits_and_cells(student, teacher) -> int:
+    """Student logits and a SparseTeacher; returns the number of columns."""
+    logits("student_logits", student)
+    cells_of(teacher, student, "student_logits")
+    return student.shape[-1]
+
+
+def rows_of_ids(ids: Tensor, like: Tensor, of: str) -> None:
+    if ids.shape[:-1] != like.shape[:-1]:
+        raise ValueError(
+            f"ids must be [..., K] with the leading shape of {of}, {tuple(like.shape[:-1])}, got "
+            f"{tuple(ids.shape)}; give K ids per row (labels[..., None] for one), -1 for none"
+        )
+    same_device("ids", ids, like, of)
+
+
+def cells_of(teacher, student: Tensor, of: str) -> None:
+    """That a SparseTeacher has the rows of the student's tensor, which is called ``of``."""
+    if teacher.ids.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"the SparseTeacher's ids must have the leading shape of {of}, "
+            f"{tuple(student.shape[:-1])}, got {tuple(teacher.ids.shape)}; give K entries per row, "
+            "-1 where there is none"
+        )
+    same_device("the SparseTeacher", teacher.ids, student, of)
+
+
+def sparse_temperature(teacher, one: bool) -> None:
+    """one: that the temperature is the number 1."""
+    if not one and teacher.log_z is None and teacher.tail != "renormalise":
+        raise ValueError(
+            "K log-probabilities at temperature 1 do not tell those at another, because what they "
+            "are divided by depends on the whole vocabulary; pass temperature=1, or "
+            "SparseTeacher(..., log_z=...) with the logsumexp of the teacher's logits at 1 and at "
+            'the loss\'s temperature, or tail="renormalise", which needs none'
+        )
+
+
 # --- hidden states and output matrices ---
 
 
 def head(who: str, hidden, weight, bias) -> None:
-    """The tensors of a model's output layer. who: "student" or "teacher"."""
-    names = [f"{who}_{part}" for part in ("hidden", "weight", "bias")]
+    """The tensors of a model's output layer. who: "student", "teacher", or "" for the only one."""
+    names = [f"{who}_{part}".lstrip("_") for part in ("hidden", "weight", "bias")]
     _floats(
         names[0], hidden, "[..., H]", "pass the model's last hidden states, .last_hidden_state say"
     )
@@ -208,10 +246,10 @@ def head(who: str, hidden, weight, bias) -> None:
 
 
 def head_numbers(who: str, scale, softcap) -> None:
-    _positive_number(f"{who}_scale", scale, "what the model multiplies its logits with")
+    _positive_number(f"{who}_scale".lstrip("_"), scale, "what the model multiplies its logits with")
     if softcap is not None:
         hint = "the cap of cap * tanh(logits / cap), or None"
-        _positive_number(f"{who}_softcap", softcap, hint)
+        _positive_number(f"{who}_softcap".lstrip("_"), softcap, hint)
 
 
 def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
@@ -302,6 +340,9 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: 
         return student[1].shape[0], dtype, None
     hidden, matrix = student[:2]
     dtype = product_dtype("student_weight", matrix, "student_hidden", hidden)
+    if hasattr(teacher_logits, "log_probs"):  # a SparseTeacher
+        cells_of(teacher_logits, hidden, "student_hidden")
+        return matrix.shape[0], dtype, None
     if teacher_logits is None:
         head("teacher", *teacher[:3])
         source, source_name = teacher[0], "teacher_hidden"
@@ -434,7 +475,12 @@ def objective(objective) -> None:
         )
 
 
-def teacher_support(support: str, teacher: bool) -> None:
+def teacher_support(support: str, teacher: bool, sparse: bool = False) -> None:
+    if support == "teacher" and sparse:
+        raise ValueError(
+            'support="teacher" looks at the teacher\'s logits, got a SparseTeacher; leave support '
+            'out, or pass SparseTeacher(..., tail="renormalise")'
+        )
     if support == "teacher" and not teacher:
         raise ValueError(
             'support="teacher" leaves out what the teacher does, got no teacher; pass one, or '

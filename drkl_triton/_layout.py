@@ -24,6 +24,20 @@ class Rows:
         return Rows(tensor, max(1, N), (0, tensor.stride(0) if N > 1 else 0))
 
 
+def slices_of(rows: Rows, count: int, height: int):
+    """(i, j, Rows i ... j - 1), ``height`` or fewer at a time, of ``count``."""
+    width = rows.tensor.shape[-1]
+    for start in range(0, count, rows.inner):
+        stop = min(count, start + rows.inner)
+        for i in range(start, stop, height):
+            j = min(stop, i + height)
+            outer, inner = rows.strides
+            place = rows.tensor.storage_offset() + (i // rows.inner) * outer
+            place += (i % rows.inner) * inner
+            part = rows.tensor.as_strided((j - i, width), (inner, 1), place)
+            yield i, j, Rows(part, j - i, (0, inner))
+
+
 def rows_of(tensor: torch.Tensor) -> Rows:
     """``tensor`` [..., V] as Rows, without a copy where its leading strides reduce to two and its
     last dimension is dense.

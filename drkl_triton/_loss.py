@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import facts, objectives
+from . import algebra, facts, objectives
 from ._objective import Objective, Program, program
-from .algebra import AT
+from .algebra import AT, AT_WEIGHT, SUMS, formula_arguments
 
 if TYPE_CHECKING:
     from ._layout import Rows
@@ -27,6 +27,8 @@ class Loss(NamedTuple):
     inv_temperature: Tensor
     filter_value: Tensor | None
     V: int
+    # [2, N]: the logits of a column that counts in the normalisers alone (a dropped tail)
+    outside: Tensor | None = None
 
     @property
     def sums_needed(self) -> int:
@@ -44,6 +46,32 @@ class Loss(NamedTuple):
             filter_value=self.filter_value,
         )  # fmt: skip
 
+    def forward(
+        self, student, teacher, label, parameters, weight, num_items, metrics: bool, reduction: str
+    ):
+        """(the table of sums, the loss [N] or reduced, the denominator of a mean, the fields of
+        RowMetrics [7, N] where they are asked for).
+        """
+        parts = self.sum_parts(student, teacher, label, parameters)
+        rest = parameters, weight, num_items, metrics, reduction
+        return self.row_losses(parts, label, *rest)
+
+    def row_losses(self, parts, label, parameters, weight, num_items, metrics, reduction):
+        return self.launchers.row_losses(
+            parts, label, self.inv_temperature, parameters, weight, num_items,
+            program=self.program, needs=self.needs, metrics=metrics, reduction=reduction,
+        )  # fmt: skip
+
+    @property
+    def table_rows(self) -> int:
+        return SUMS
+
+    def fields(self, sums, label, cell_label, parameters, metrics: bool) -> tuple[Tensor, ...]:
+        """The loss [N] of merged sums and, with metrics, the other fields of RowMetrics."""
+        rows = formula_arguments(sums, label, self.inv_temperature, parameters)
+        out = facts.losses(*rows, self.program.terms, self.program.phis, self.needs, metrics)
+        return out if metrics else out[:1]
+
     @property
     def sweeps(self) -> bool:
         """Whether the logits are read again in the forward pass."""
@@ -55,18 +83,28 @@ class Loss(NamedTuple):
         """sum |q - p| over the teacher's head, and over the rest. The head's lowest log-probability
         lies between that of a flat rest and 0; every sweep cuts that to a third, without a sort.
         """
-        f, _ = facts.facts(facts.Sums(*sums), label, self.inv_temperature, self.needs)
+        found = facts.Sums(*sums)
+        f, row = facts.facts(found, label, self.inv_temperature, self.needs)
+        logs = [(f.log_q, f.log_p)]  # that the sweep leaves out
+        if self.outside is not None:
+            x, z = self.outside
+            to_q, to_p = facts.normalisers(found, f, row)
+            x = (x - found.m_s) * self.inv_temperature + to_q
+            logs.append((x, (z - found.m_t) * self.inv_temperature + to_p))
 
         def swept(formula, *thresholds):
-            """Over all columns: the sweep leaves out the label's."""
+            """Over all columns; of the gaps, without that outside."""
             phis = ((formula.function, -1, 0, len(thresholds), 0),)
             rows = student, teacher, label, self.inv_temperature, torch.stack(thresholds)
             self.launchers.row_phi(*rows, sums, self.V, phis=phis, filter_value=self.filter_value)
-            label_logs = facts.floored(f.log_q), facts.floored(f.log_p)
-            at_label = facts.pointwise(*label_logs, thresholds, phis)
-            return sums[AT.phi] + at_label[0], sums[AT.phi_slope] + at_label[1]
+            total = sums[AT.phi], sums[AT.phi_slope]
+            for log_q, log_p in logs[: 1 if formula is objectives.gaps else None]:
+                both = facts.floored(log_q), facts.floored(log_p)
+                own = facts.pointwise(*both, thresholds, phis)
+                total = total[0] + own[0], total[1] + own[1]
+            return total
 
-        low = torch.log((1 - head) / self.V)
+        low = torch.log((1 - head) / (self.V + len(logs)))
         high = torch.zeros_like(low)
         for _ in range(SWEEPS):
             third = (high - low) / 3
@@ -78,13 +116,23 @@ class Loss(NamedTuple):
         sums[AT.phi], sums[AT.phi_slope] = 0.0, 0.0
         return found
 
+    def _scan(self, rows: tuple, **options) -> Tensor:
+        sums = self.launchers.row_sums(*rows, self.V, **options)
+        if self.outside is None:
+            return sums
+        x, z = self.outside
+        if options.get("mixture") is not None:
+            mixture = facts.Mixture(*options["mixture"])
+            z = facts.skewed(x, z, mixture, self.inv_temperature)
+        return algebra.with_outside(sums, x, z, self.inv_temperature)
+
     def _skewed_sums(self, rows: tuple, skew: Tensor, options: dict) -> Tensor:
         """Both models' sums make the teacher, whose are found by a second scan."""
         _, _, label, inv_temperature = rows
-        sums = self.launchers.row_sums(*rows, self.V, needs=facts.TEACHER, **options)
+        sums = self._scan(rows, needs=facts.TEACHER, **options)
         mixture, at_label = facts.mixture(facts.Sums(*sums), label, inv_temperature, skew)
         options = dict(needs=self.sums_needed, mixture=torch.stack(mixture), **options)
-        sums = self.launchers.row_sums(*rows, self.V, **options)
+        sums = self._scan(rows, **options)
         sums[AT.t_label], sums[AT.gap_head :] = at_label, options["mixture"]
         return sums
 
@@ -96,7 +144,7 @@ class Loss(NamedTuple):
         options = dict(filter_value=self.filter_value)
         if program.skewed:
             return self._skewed_sums(rows, parameters[0], options)
-        sums = self.launchers.row_sums(*rows, self.V, needs=self.sums_needed, **options)
+        sums = self._scan(rows, needs=self.sums_needed, **options)
         if program.head >= 0:
             head = parameters[program.head].expand(label.shape)
             sums[AT.gap_head], sums[AT.gap_tail] = self._gaps(student, teacher, label, sums, head)
@@ -138,6 +186,42 @@ class Loss(NamedTuple):
             sums, label, self.inv_temperature, parameters, upstream, weight, denominator,
             program=self.program, needs=self.needs, inv_room=factor,
         )  # fmt: skip
+
+    def weights_outside(
+        self, label, parameters, sums, upstream, weight=None, denominator=None, factor=None
+    ) -> tuple[Tensor, Tensor]:
+        """``weights`` and the gradient [N] of the column outside, whose term the sums leave out:
+        with q^_o its probability and N = sum q^_k log(q^_k / p^_k) without it,
+
+            dN/ds_k = q^_k (log(q^_k / p^_k) - N + q^_o)     dN/ds_o = q^_o (q^_o - 1 - N)
+
+        and likewise for the other Facts that are sums over columns.
+        """
+        if denominator is not None:
+            upstream = facts.divided(upstream, denominator)
+        upstream = upstream.expand(label.shape) if weight is None else upstream * weight
+        table = self.weights(label, parameters, sums, upstream, factor=factor)
+        W = facts.Weights(*table)
+        x, z = self.outside
+        rows = formula_arguments(sums, label, self.inv_temperature, parameters)
+        S = rows[0]
+        if self.program.skewed:
+            mixture = facts.Mixture(W.m_s, W.log_q, W.phi, W.log_p)
+            z = facts.skewed(x, z, mixture, self.inv_temperature)
+        q = facts.divided(torch.exp((x - S.m_s) * self.inv_temperature), S.d_s)
+        p = facts.divided(torch.exp((z - S.m_t) * self.inv_temperature), S.d_t)
+        f, row = facts.facts(*rows[:3], self.needs)
+        slopes, _ = facts.objective(f, row, rows[3], self.program.terms, self.program.phis)
+        moved = (slopes.qp - slopes.entropy) * q - slopes.pq * p
+        level = facts.times(slopes.qp, f.qp + 1 - q) + facts.times(slopes.entropy, f.entropy - 1 + q)
+        at_outside = q * (facts.on_rest(slopes, torch.exp(f.log_rest)) - slopes.pq * p - level)
+        if factor is not None:
+            upstream = upstream / factor
+        upstream = upstream * self.inv_temperature
+        live = (W.shift != facts.INF) & ~W.w0.isnan()
+        room = facts.divided(upstream, S.d_s) * torch.exp2(W.shift)
+        table[AT_WEIGHT.w0] += torch.where(live, room * moved, 0.0)
+        return table, torch.where(live, upstream * at_outside, W.w0 * 0.0)
 
     def write(
         self,

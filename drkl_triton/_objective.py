@@ -270,6 +270,11 @@ class Objective:
         return any(f.labels for f, _, _ in self.terms)
 
     @property
+    def labels_compared(self) -> bool:
+        """Whether the teacher's log-probability of every label is needed."""
+        return any(f.labels and f.needs & facts.TEACHER for f, _, _ in self.terms)
+
+    @property
     def needs(self) -> int:
         """The sums that its terms read, bits of facts.py."""
         bits = 0 if self.skew is None else facts.SKEWED
@@ -311,7 +316,10 @@ class Program:
 
 
 @lru_cache(maxsize=1024)
-def program(key: str) -> Program:
+def program(key: str, side: str = "") -> Program:
+    """side: "compared", of the terms that compare with a teacher alone, or "alone", of the others;
+    the parameters are those of the whole.
+    """
     skewed = key.startswith(SKEW)
     terms, phis, slopes, place, head = [], [], skewed * facts.SKEWED, int(skewed), -1
     for part in key.removeprefix(SKEW).split("+"):
@@ -319,15 +327,19 @@ def program(key: str) -> Program:
         count = len(formula.parameters)
         weight = place if weighted else -1
         term = (formula.function, weight, place + weighted, count, formula.needs)
-        (phis if formula.is_pointwise else terms).append(term)
-        if formula.needs & facts.GAPS:
+        wanted = "compared" if formula.needs & facts.TEACHER else "alone"
+        if side in ("", wanted):
+            (phis if formula.is_pointwise else terms).append(term)
+            slopes |= formula.slopes
+        if formula.needs & facts.GAPS and side != "alone":
             if head >= 0:
                 raise ValueError("an objective can have one adaptive_kl; add up their weights")
             head = place + weighted
         place += weighted + count
-        slopes |= formula.slopes
-    if not terms:
+    if phis and not terms:
         slopes |= facts.PHI_ALONE
+    if side == "alone":
+        slopes, skewed = slopes & ~(facts.SKEWED | facts.PHI_ALONE), False
     return Program(tuple(terms), tuple(phis), slopes, head, skewed)
 
 

@@ -50,6 +50,18 @@ def total(loss: Tensor, weights: Tensor | None, denominator: Tensor | None) -> T
     return result if denominator is None else divided(result, denominator)
 
 
+def of_rows(loss: Tensor, label: Tensor, weight, num_items, reduction: str):
+    """(the loss, reduced, its denominator or None) of rows [N] with their labels' codes."""
+    if reduction == "none":
+        return loss if weight is None else loss * weight, None
+    denominator = None
+    if reduction == "mean":
+        denominator = num_items
+        if denominator is None:
+            denominator = (label != IGNORED if weight is None else weight).sum(dtype=loss.dtype)
+    return total(loss, weight, denominator), denominator
+
+
 def derivative(
     codes: Tensor, weights: Tensor | None, denominator: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -12,6 +12,7 @@ from .facts import IGNORED, UNIT, Sums
 
 SUMS, WEIGHTS = len(Sums._fields), len(facts.Weights._fields)  # rows of the tables
 AT = Sums(*range(SUMS))  # the row of a sum
+AT_WEIGHT = facts.Weights(*range(WEIGHTS))
 STATE = slice(0, AT.s_label)  # what is relative to maxima
 
 
@@ -53,6 +54,31 @@ class RowMetrics(NamedTuple):
         count = counted.sum()
         divisor = count.clamp_min(1)
         return RowMetrics(*(None if x is None else x.sum() / divisor for x in fields), count)
+
+
+def formula_arguments(sums, label, inv_temperature, parameters):
+    """The first arguments of the functions of facts.py."""
+    parameters = () if parameters is None else parameters.unbind(0)
+    return Sums(*sums.unbind(0)), label, inv_temperature, parameters
+
+
+def with_outside(sums: Tensor, x: Tensor, z: Tensor, inv_temperature: Tensor) -> Tensor:
+    """The sums [16, N] with one more column, of logits x, z [N], in the normalisers alone: its terms
+    are what makes nothing of them in the divergences.
+    """
+    top_s, top_t = torch.maximum(sums[AT.m_s], x), torch.maximum(sums[AT.m_t], z)
+    d_s, a, h, d_t, b, g, c = moved(sums, top_s, top_t, inv_temperature)
+    q, p = torch.exp((x - top_s) * inv_temperature), torch.exp((z - top_t) * inv_temperature)
+    d_s, d_t = d_s + q, d_t + p
+    # in raw logits, as the sums are
+    log_d, log_dt = torch.log(d_s) / inv_temperature, torch.log(d_t) / inv_temperature
+    out = sums.clone()
+    out[AT.m_s], out[AT.d_s], out[AT.m_t], out[AT.d_t] = top_s, d_s, top_t, d_t
+    out[AT.a] = a + facts.times(q, log_d - log_dt) * UNIT
+    out[AT.b] = b + facts.times(p, log_dt - log_d) * UNIT
+    out[AT.h] = h + facts.times(q, log_d) * UNIT
+    out[AT.g] = g + facts.times(p, log_dt) * UNIT
+    return out
 
 
 def merge(left: Tensor, right: Tensor, inv_temperature: Tensor) -> Tensor:

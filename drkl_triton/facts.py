@@ -376,6 +376,11 @@ def whole_entropy(log_q, log_rest, entropy):
     return times(tl.exp(log_rest), entropy - log_rest) - times(tl.exp(log_q), log_q)
 
 
+def on_rest(S, rest):
+    """What the derivative by any s_k, k != y, has of q^_k alone."""
+    return (S.pq + S.log_rest - S.phi) - (S.log_q + S.log_rest) * rest - S.u
+
+
 def weights(
     sums, label, inv_temperature, x, upstream, TERMS: tl.constexpr, PHIS: tl.constexpr,
     NEEDS: tl.constexpr,
@@ -395,7 +400,7 @@ def weights(
     f, row = facts(sums, label, inv_temperature, NEEDS)
     S, is_inf = objective(f, row, x, TERMS, PHIS)
     q, rest = tl.exp(f.log_q), tl.exp(f.log_rest)
-    on_rest = (S.pq + S.log_rest - S.phi) - (S.log_q + S.log_rest) * rest - S.u
+    level_rest = on_rest(S, rest)
     g_y = S.u + times(rest, S.log_q) - times(q, S.log_rest)
     cool = times(row.rest, S.log_z - S.label_log_prob)
     cool_y = times(row.rest, S.label_log_prob) + times(tl.exp(f.label_log_prob), S.log_z)
@@ -406,7 +411,7 @@ def weights(
         w4 = upstream * cool / tl.where(sums.c == 0, 1.0, sums.c)
         at_label += times(cool_y, upstream)
     else:
-        on_rest += cool
+        level_rest += cool
         at_label += times(cool_y, upstream * inv_temperature)
     nothing = (label >= 0) & (sums.d_s == 0) & (at_label == 0)  # the label is all that there is
     is_inf = is_inf | ~(tl.abs(g_y) < INF)
@@ -430,7 +435,7 @@ def weights(
     w1 = up * S.qp * inv_part / d_s * part * back
     w3 = -up * S.entropy * inv_part / d_s * part * back
     level = times(S.qp, row.ratio) * inv_temperature - S.entropy * row.mean * inv_temperature
-    w0 = up * ((on_rest - level) * part) / d_s * part * back
+    w0 = up * ((level_rest - level) * part) / d_s * part * back
     w2 = -divided(S.pq, sums.d_t) * (upstream * inv_temperature)
     if len(TERMS) == 0:
         w0 = -(S.log_q + S.log_rest)  # what q_k is multiplied with, beside phi's slope

@@ -14,6 +14,7 @@ from ._named import named
 from ._options import Options
 from .algebra import RowMetrics
 from .graph import Call, DivergenceFunction, SoftmaxFunction
+from .sparse import SparseTeacher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -166,25 +167,33 @@ def _loss(name, objective, student, teacher, labels, options: dict):
     _checks.objective(objective)
     if objective.needs_teacher and teacher is None:
         _checks.logits("teacher_logits", teacher)
-    V = _checks.logits_pair(student, teacher, options.vocab_mismatch)
+    sparse = isinstance(teacher, SparseTeacher)
+    if sparse:
+        V = _checks.logits_and_cells(student, teacher)
+    else:
+        V = _checks.logits_pair(student, teacher, options.vocab_mismatch)
     _checks.labels_given(name, objective, labels)
     _checks.rows(labels, options.weight, options.shift, student, "student_logits")
     _checks.parameters(objective, student, "student_logits")
-    _checks.teacher_support(options.support, teacher is not None)
+    _checks.teacher_support(options.support, teacher is not None, sparse)
     backend = _checks.backend(options.backend, student)
     metrics, reduction = options.return_metrics, options.reduction
     acc = torch.promote_types(student.dtype, torch.float32)
     if teacher is not None:
-        acc = torch.promote_types(acc, teacher.dtype)
+        acc = torch.promote_types(acc, teacher.log_probs.dtype if sparse else teacher.dtype)
         if not (objective.needs_teacher or metrics or options.support == "teacher"):
             teacher = None
     has_teacher = teacher is not None
     rows = _options.rows(objective, student, V, labels, options, has_teacher, acc, backend)
+    tail, cells = "", (teacher, None, None)
+    if isinstance(teacher, SparseTeacher):
+        tail, cells = teacher.tail, teacher.cells(objective, rows, V, options.temperature)
+    teacher, columns, cell_label = cells
     num_items = options.num_items
     if num_items is not None:
         num_items = _reduction.scalar(num_items, acc, student.device)
     loss, fields = DivergenceFunction.apply(
-        Call(V, objective.key, rows.needs, metrics, reduction, backend),
+        Call(V, objective.key, rows.needs, metrics, reduction, tail, backend),
         student,
         teacher,
         rows.codes.view(-1),
@@ -193,6 +202,8 @@ def _loss(name, objective, student, teacher, labels, options: dict):
         rows.filter_value,
         None if rows.weights is None else rows.weights.view(-1),
         num_items,
+        columns,
+        cell_label,
     )
     if reduction == "none":
         loss = loss.view(rows.codes.shape)

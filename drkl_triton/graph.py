@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _reduction, facts, ops, tiled
-from ._objective import program
+from . import _cells, _reduction, ops
 from .ops import Inputs, LinearInputs
 
 
@@ -66,6 +65,7 @@ class Call(NamedTuple):
     needs: int
     metrics: bool
     reduction: str
+    tail: str  # of a sparse teacher, or ""
     backend: str
 
 
@@ -97,7 +97,7 @@ class DivergenceFunction(torch.autograd.Function):
             with torch.no_grad():
                 dstudent = ops.divergence_backward(
                     *tensors, denominator, sums, upstream.to(sums.dtype), call.V, call.objective,
-                    call.needs, call.backend,
+                    call.needs, call.tail, call.backend,
                 )  # fmt: skip
             dstudent = _first_order(dstudent, tensors[0], upstream)
         return None, dstudent, *[None] * (len(Inputs._fields) - 1)
@@ -126,6 +126,30 @@ class SoftmaxFunction(torch.autograd.Function):
         return dlogits, None, None, None
 
 
+class LogProbsFunction(torch.autograd.Function):
+    """log q of some columns of logits [N, K] and of the rest [N]; columns and codes are those of
+    ops.distinct.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits, ids, columns, codes, inv_temperature, backend: str):
+        table = ops.log_probs_at(logits, columns, codes, inv_temperature, backend)
+        _save(ctx, logits, ids, columns, codes, inv_temperature, table)
+        ctx.backend = backend
+        log_q = _cells.log_probabilities(table, inv_temperature)
+        return _cells.at_ids(log_q, columns, ids, codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_rest: Tensor):
+        logits, ids, columns, codes, inv_temperature, table = ctx.saved_tensors
+        with torch.no_grad():
+            cells = _cells.to_cells(grad, grad_rest, columns, ids).t()
+            dlogits = ops.log_probs_at_backward(
+                logits, columns, codes, inv_temperature, table, cells, ctx.backend
+            )
+        return _first_order(dlogits, logits, grad, grad_rest), *[None] * 5
+
+
 class LinearCall(NamedTuple):
     """What the losses from hidden states depend on besides tensors."""
 
@@ -137,6 +161,7 @@ class LinearCall(NamedTuple):
     wanted: tuple[bool, bool, bool]
     may_skip: bool
     chunk_bytes: int | None
+    tail: str
     backend: str
     metrics: bool  # not of the op
 
@@ -149,11 +174,9 @@ def _linear(call: LinearCall, tensors, upstream=None, sums=None):
 
 def _row_losses(call: LinearCall, tensors, sums: Tensor) -> Tensor:
     """The fields of RowMetrics [7, N], of which the loss is the first; without them [1, N]."""
-    x, objective = LinearInputs(*tensors), program(call.objective)
-    rows = tiled.formula_arguments(sums, x.label, x.inv_temperature, x.parameters)
-    parts = objective.terms, objective.phis, call.needs, call.metrics
-    out = facts.losses(*rows, *parts)
-    return torch.stack(out if call.metrics else out[:1])
+    x = LinearInputs(*tensors)
+    loss = ops.loss_of(x, None, call.V, call.objective, call.needs, call.tail, None)
+    return torch.stack(loss.fields(sums, x.label, x.cell_label, x.parameters, call.metrics))
 
 
 class LinearFunction(torch.autograd.Function):
@@ -183,6 +206,36 @@ class LinearFunction(torch.autograd.Function):
         sources = [x for x in student if x is not None]
         grads = [None if g is None else _first_order(g, *sources, grad_loss) for g in grads]
         return None, *grads, *[None] * (len(LinearInputs._fields) - 3)
+
+
+class LinearLogProbsFunction(torch.autograd.Function):
+    """As LogProbsFunction, from hidden states. Backward makes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, ids: Tensor, *tensors: Tensor | None):
+        x = LinearInputs(*tensors)
+        (table, *_) = _linear(call, tensors)
+        _save(ctx, ids, *tensors, table)
+        ctx.call = call
+        log_q = _cells.log_probabilities(table, x.inv_temperature)
+        return _cells.at_ids(log_q, x.columns, ids, x.label)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_rest: Tensor):
+        ids, *tensors, table = ctx.saved_tensors
+        call, student, x = ctx.call, tensors[:3], LinearInputs(*tensors)
+        with torch.no_grad():
+            cells = _cells.to_cells(grad, grad_rest, x.columns, ids).t()
+            tensors[LinearInputs._fields.index("parameters")] = cells.contiguous()
+            upstream = (cells != 0).any(0).to(table.dtype)
+            _, *grads = _linear(call, tensors, upstream, table)
+            grads = [
+                g.to(y.dtype) if want else None
+                for g, y, want in zip(grads, student, call.wanted, strict=True)
+            ]
+        sources = [y for y in student if y is not None]
+        grads = [None if g is None else _first_order(g, *sources, grad, grad_rest) for g in grads]
+        return None, None, *grads, *[None] * (len(LinearInputs._fields) - 3)
 
 
 class LinearMeanFunction(torch.autograd.Function):

@@ -12,6 +12,7 @@ from ._named import named
 from ._options import LinearOptions, Options
 from .algebra import RowMetrics
 from .graph import LinearCall, LinearFunction, LinearMeanFunction
+from .sparse import SparseTeacher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,20 +96,25 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias, heads.teacher_scale,
         heads.teacher_softcap,
     )  # fmt: skip
+    given, sparse = heads.teacher_logits, isinstance(heads.teacher_logits, SparseTeacher)
     V, student_dtype, teacher_dtype = _checks.heads(
-        student, teacher, heads.teacher_logits, options.vocab_mismatch, objective.needs_teacher
+        student, teacher, given, options.vocab_mismatch, objective.needs_teacher
     )
-    has_teacher = heads.teacher_hidden is not None or heads.teacher_logits is not None
+    has_teacher = heads.teacher_hidden is not None or given is not None
     _checks.labels_given(name, objective, labels)
     _checks.rows(labels, options.weight, options.shift, hidden, "student_hidden")
     _checks.parameters(objective, hidden, "student_hidden")
-    _checks.teacher_support(options.support, has_teacher)
+    _checks.teacher_support(options.support, has_teacher, sparse)
 
     acc = torch.float32
-    for x in (*student[:3], *teacher[:3], heads.teacher_logits):
+    for x in (*student[:3], *teacher[:3], given.log_probs if sparse else given):
         acc = acc if x is None else torch.promote_types(acc, x.dtype)
     backend = _checks.backend(options.backend, hidden)
     rows = _options.rows(objective, hidden, V, labels, options, has_teacher, acc, backend)
+    tail, cells = "", (given, None, None)
+    if sparse:
+        tail, cells = given.tail, given.cells(objective, rows, V, options.temperature)
+    given, columns, cell_label = cells
     reduction, codes, weights = options.reduction, rows.codes, rows.weights
     denominator = _reduction.denominator(codes, weights, reduction, options.num_items, acc)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student[:3]]
@@ -121,13 +127,14 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         wanted=tuple(wanted),
         may_skip=labels is not None or weights is not None or options.shift,
         chunk_bytes=heads.chunk_bytes,
+        tail=tail,
         backend=backend,
         metrics=options.return_metrics,
     )
     tensors = (
         *_head(*student, acc, hidden.device), *_head(*teacher, acc, hidden.device),
-        heads.teacher_logits, codes.view(-1), rows.inv_temperature, rows.parameters,
-        rows.filter_value,
+        given, codes.view(-1), rows.inv_temperature, rows.parameters, rows.filter_value, columns,
+        cell_label,
     )  # fmt: skip
     if reduction == "none" or heads.recompute or not any(wanted):
         loss, fields = LinearFunction.apply(call, *tensors)

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import facts, slices, tiled
+from . import _cells, facts, slices, tiled
 from ._layout import rows_of
 from ._loss import Loss
 from ._objective import program
-from .algebra import SUMS
 
 # A copy of the package under another name (from Hugging Face's Hub, say) registers its own ops.
 NAMESPACE = __package__.replace(".", "_")
@@ -79,6 +78,63 @@ def _check_labels(labels, weight, ignore_index, V, shift):
         )
 
 
+@torch.library.custom_op(
+    f"{NAMESPACE}::cells",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor log_probs, Tensor? label_log_probs, Tensor? log_z, Tensor codes, "
+    "Tensor inv_temperature, SymInt V, str tail, bool strict, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def cells(ids, log_probs, label_log_probs, log_z, codes, inv_temperature, V, tail, strict, dtype):
+    """A sparse teacher's rows as _cells.Cells: ids, log_probs [..., K], the others [...] or
+    [..., 2]; codes [...] of the labels. An id outside of the vocabulary, and with strict a label
+    without a cell, is an error on the CPU and makes its row NaN elsewhere.
+    """
+
+    def flat(x, width):
+        return None if x is None else x.reshape(-1, width)
+
+    K, codes = ids.shape[-1], codes.reshape(-1)
+    if codes.device.type == "cpu":
+        _check_ids(ids, codes.view(ids.shape[:-1]), V)
+    found = _cells.canonical(
+        flat(ids, K), flat(log_probs, K), flat(label_log_probs, 1), codes, inv_temperature,
+        None if log_z is None else flat(log_z, 2 if log_z.dim() == ids.dim() else 1), V, tail,
+        strict, dtype,
+    )  # fmt: skip
+    if strict and codes.device.type == "cpu":
+        lost = (found.label == facts.INVALID) & (codes >= 0)
+        if lost.any():
+            row = int(lost.nonzero()[0])
+            where = [int(i) for i in torch.unravel_index(torch.tensor(row), ids.shape[:-1])]
+            raise ValueError(
+                f"the loss needs each label's own log-probability in the teacher, got label "
+                f"{int(codes[row])} at {where}, which is not among the ids there; pass it as "
+                "SparseTeacher(..., label_log_probs=...), or ignore the row"
+            )
+    return tuple(found)
+
+
+def _check_ids(ids, codes, V):
+    outside = ((ids < -1) | (ids >= V)) & (codes != facts.IGNORED)[..., None]
+    if outside.any():
+        where = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"ids must be in [0, {V}) or -1 (no entry), got {ids[tuple(where)].item()} at {where}; "
+            "check the teacher's tokenizer against the student's vocabulary"
+        )
+
+
+@cells.register_fake
+def _(ids, log_probs, label_log_probs, log_z, codes, inv_temperature, V, tail, strict, dtype):
+    N, K = codes.numel(), ids.shape[-1] + (label_log_probs is not None)
+    return (
+        torch.empty((N, K), dtype=torch.int32, device=ids.device),
+        torch.empty((N, K + 1), dtype=dtype, device=ids.device),
+        torch.empty(N, dtype=torch.int64, device=ids.device),
+    )
+
+
 @row_labels.register_fake
 def _(like, labels, weight, ignore_index, V, shift, strict, backend):
     return torch.empty(like.shape[:-1], dtype=torch.int64, device=like.device)
@@ -112,6 +168,8 @@ class Inputs(NamedTuple):
     filter_value: Tensor | None
     weight: Tensor | None  # [N]
     num_items: Tensor | None
+    columns: Tensor | None  # [N, K] of a sparse teacher, whose log_p [N, K + 1] are ``teacher``
+    cell_label: Tensor | None  # [N] (_cells.Cells)
 
 
 def _parts(inputs: type, arguments: tuple):
@@ -120,12 +178,26 @@ def _parts(inputs: type, arguments: tuple):
     return inputs(*arguments[:count]), arguments[count:]
 
 
-def _logits_loss(x, V, objective, needs, backend):
-    teacher = x.student if x.teacher is None else x.teacher
-    return Loss(
-        _implementation(backend), program(objective), needs, x.inv_temperature,
-        _as_written(x.filter_value, x.teacher), V,
-    ), rows_of(x.student), rows_of(teacher)  # fmt: skip
+def loss_of(x, filter_value, V, objective, needs, tail, backend):
+    """The loss of either kind of inputs ``x``, or with objective "" its log-probabilities; backend None: it launches nothing. tail: of a sparse
+    teacher, or "".
+    """
+    launchers = None if backend is None else _implementation(backend)
+    if not objective:
+        return _cells.LogProbs(launchers, x.inv_temperature, V, x.columns.shape[1])
+    if tail in ("", "uniform"):
+        return Loss(launchers, program(objective), needs, x.inv_temperature, filter_value, V)
+    return _cells.of(launchers, objective, needs, x.inv_temperature, V, tail)
+
+
+def _logits_loss(x, V, objective, needs, tail, backend):
+    """(the loss, the student's rows, the teacher's or its cells)."""
+    filter_value = _as_written(x.filter_value, x.teacher)
+    loss = loss_of(x, filter_value, V, objective, needs, tail, backend)
+    if x.columns is None:
+        return loss, rows_of(x.student), rows_of(x.student if x.teacher is None else x.teacher)
+    cells = _cells.Cells(x.columns, x.teacher, x.cell_label)
+    return _cells.Spread(loss) if tail == "uniform" else loss, rows_of(x.student), cells
 
 
 @torch.library.custom_op(
@@ -133,7 +205,7 @@ def _logits_loss(x, V, objective, needs, backend):
     mutates_args=(),
     schema=_schema(
         Inputs,
-        "SymInt V, str objective, int needs, bool metrics, str reduction, str backend",
+        "SymInt V, str objective, int needs, bool metrics, str reduction, str tail, str backend",
         "(Tensor, Tensor, Tensor, Tensor)",
     ),
 )
@@ -142,13 +214,11 @@ def divergence(*arguments):
     fields of RowMetrics [7, N]); of the last two no elements where there is none. needs: the sums
     (bits of facts.py) of objective and metrics.
     """
-    x, (V, objective, needs, metrics, reduction, backend) = _parts(Inputs, arguments)
-    loss, student, teacher = _logits_loss(x, V, objective, needs, backend)
-    parts = loss.sum_parts(student, teacher, x.label, x.parameters)
-    sums, result, denominator, fields = loss.launchers.row_losses(
-        parts, x.label, x.inv_temperature, x.parameters, x.weight, x.num_items,
-        program=loss.program, needs=needs, metrics=metrics, reduction=reduction,
-    )  # fmt: skip
+    x, (V, objective, needs, metrics, reduction, tail, backend) = _parts(Inputs, arguments)
+    loss, student, teacher = _logits_loss(x, V, objective, needs, tail, backend)
+    sums, result, denominator, fields = loss.forward(
+        student, teacher, x.label, x.parameters, x.weight, x.num_items, metrics, reduction
+    )
     if reduction != "mean" or x.num_items is not None:
         denominator = sums.new_empty(0)
     return sums, result, denominator, sums.new_empty(0) if fields is None else fields
@@ -156,13 +226,14 @@ def divergence(*arguments):
 
 @divergence.register_fake
 def _(*arguments):
-    x, (V, objective, needs, metrics, reduction, backend) = _parts(Inputs, arguments)
+    x, (V, objective, needs, metrics, reduction, tail, backend) = _parts(Inputs, arguments)
+    loss = loss_of(x, None, V, objective, needs, tail, None)
     N, empty = x.label.numel(), x.inv_temperature.new_empty
     denominator = empty(()) if reduction == "mean" and x.num_items is None else empty(0)
-    loss = empty((N,) if reduction == "none" else ())
+    result = empty((N,) if reduction == "none" else ())
     return (
-        empty((SUMS, N)),
-        loss,
+        empty((loss.table_rows, N)),
+        result,
         denominator,
         empty((len(facts.METRIC_FIELDS), N) if metrics else 0),
     )
@@ -174,15 +245,15 @@ def _(*arguments):
     schema=_schema(
         Inputs,
         "Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, str objective, int needs, "
-        "str backend",
+        "str tail, str backend",
         "Tensor",
     ),
 )
 def divergence_backward(*arguments):
     """The gradient of the student's logits, contiguous. upstream [N] or 0-dim."""
     x, rest = _parts(Inputs, arguments)
-    denominator, sums, upstream, V, objective, needs, backend = rest
-    loss, student, teacher = _logits_loss(x, V, objective, needs, backend)
+    denominator, sums, upstream, V, objective, needs, tail, backend = rest
+    loss, student, teacher = _logits_loss(x, V, objective, needs, tail, backend)
     out = loss.gradient(
         student, teacher, x.label, x.parameters, sums, upstream, x.weight, denominator
     )
@@ -235,6 +306,69 @@ def _(logits, grad, inv_temperature, state, log, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+@torch.library.custom_op(
+    f"{NAMESPACE}::distinct",
+    mutates_args=(),
+    schema="(Tensor ids, SymInt V) -> (Tensor, Tensor)",
+)
+def distinct(ids, V):
+    """(columns [N, K], codes [N]) of ids [..., K] (_cells.distinct); one outside of the vocabulary
+    is an error on the CPU.
+    """
+    if ids.device.type == "cpu":
+        _check_ids(ids, torch.zeros(ids.shape[:-1]), V)
+    return _cells.distinct(ids.reshape(-1, ids.shape[-1]), V)
+
+
+@distinct.register_fake
+def _(ids, V):
+    N, K = ids.numel() // ids.shape[-1], ids.shape[-1]
+    columns = torch.empty((N, K), dtype=torch.int32, device=ids.device)
+    return columns, torch.empty(N, dtype=torch.int64, device=ids.device)
+
+
+def _log_probs(columns, codes, inv_temperature, V, backend):
+    loss = _cells.LogProbs(_implementation(backend), inv_temperature, V, columns.shape[1])
+    return loss, _cells.Cells(columns, columns, codes)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::log_probs_at",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor columns, Tensor codes, Tensor inv_temperature, str backend) "
+    "-> Tensor",
+)
+def log_probs_at(logits, columns, codes, inv_temperature, backend):
+    """The table [2 + K, N] of _cells.LogProbs."""
+    loss, cells = _log_probs(columns, codes, inv_temperature, logits.shape[-1], backend)
+    return loss.sums(rows_of(logits), cells, codes, None)
+
+
+@log_probs_at.register_fake
+def _(logits, columns, codes, inv_temperature, backend):
+    N, K = columns.shape
+    return inv_temperature.new_empty((2 + K, N))
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::log_probs_at_backward",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor columns, Tensor codes, Tensor inv_temperature, Tensor table, "
+    "Tensor grad, str backend) -> Tensor",
+)
+def log_probs_at_backward(logits, columns, codes, inv_temperature, table, grad, backend):
+    """The gradient of the logits; grad [K + 1, N] of the cells' log-probabilities."""
+    loss, cells = _log_probs(columns, codes, inv_temperature, logits.shape[-1], backend)
+    upstream = torch.ones_like(table[0])
+    out = loss.gradient(rows_of(logits), cells, codes, grad, table, upstream)
+    return out.view(logits.shape)
+
+
+@log_probs_at_backward.register_fake
+def _(logits, columns, codes, inv_temperature, table, grad, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
 class LinearInputs(NamedTuple):
     """Of the losses from hidden states, which have either the teacher's hidden states and matrix or
     its logits, or no teacher.
@@ -255,6 +389,8 @@ class LinearInputs(NamedTuple):
     inv_temperature: Tensor
     parameters: Tensor | None
     filter_value: Tensor | None
+    columns: Tensor | None  # of a sparse teacher, as above, with ``teacher_logits``
+    cell_label: Tensor | None
 
     @property
     def student(self):
@@ -272,7 +408,7 @@ class LinearInputs(NamedTuple):
         LinearInputs,
         "Tensor? upstream, Tensor? sums, ScalarType student_dtype, ScalarType? teacher_dtype, "
         "SymInt V, str objective, int needs, bool[] wanted, bool may_skip, SymInt? chunk_bytes, "
-        "str backend",
+        "str tail, str backend",
         "Tensor[]",
     ),
 )
@@ -284,7 +420,7 @@ def linear(*arguments):
     """
     x, rest = _parts(LinearInputs, arguments)
     upstream, sums, student_dtype, teacher_dtype, V, objective, needs, *rest = rest
-    wanted, may_skip, chunk_bytes, backend = rest
+    wanted, may_skip, chunk_bytes, tail, backend = rest
 
     def head(hidden, weight, bias, scale, softcap, dtype):
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -293,12 +429,15 @@ def linear(*arguments):
     teacher = x.teacher_logits
     if x.teacher_hidden is not None:
         teacher = head(*x.teacher, teacher_dtype)
+    elif x.columns is not None:
+        teacher = _cells.Cells(
+            x.columns, x.columns if x.teacher_logits is None else x.teacher_logits,
+            x.label if x.cell_label is None else x.cell_label,
+        )  # fmt: skip
+    filter_value = _as_written(x.filter_value, x.teacher_logits)
     with _no_autocast(x.label.device.type):
         found, dhidden, *others = slices.walk(
-            Loss(
-                _implementation(backend), program(objective), needs, x.inv_temperature,
-                _as_written(x.filter_value, x.teacher_logits), V,
-            ),  # fmt: skip
+            loss_of(x, filter_value, V, objective, needs, tail, backend),
             head(*x.student, student_dtype),
             teacher,
             x.label,
@@ -318,10 +457,10 @@ def linear(*arguments):
 
 @linear.register_fake
 def _(*arguments):
-    x, (upstream, sums, *rest) = _parts(LinearInputs, arguments)
-    wanted = rest[5]
+    x, (upstream, sums, _, _, V, objective, needs, wanted, *rest) = _parts(LinearInputs, arguments)
+    loss = loss_of(x, None, V, objective, needs, rest[2], None)
     shapes = [
-        (SUMS, x.label.numel()) if sums is None else (0,),
+        (loss.table_rows, x.label.numel()) if sums is None else (0,),
         *(
             y.shape if want and upstream is not None else (0,)
             for y, want in zip(x.student[:3], wanted, strict=True)

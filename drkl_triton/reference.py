@@ -34,6 +34,7 @@ from torch.nn.functional import logsigmoid
 
 from . import facts, objectives
 from .algebra import RowMetrics
+from .sparse import SparseTeacher
 
 INF = float("inf")
 
@@ -63,6 +64,7 @@ def split(
     temperature: float | Tensor = 1.0,
     support: str = "full",
     filter_value: float = -INF,
+    kept: Tensor | bool = True,
 ):
     """(target_kl, nontarget_kl, u): KL(b_q || b_p), N = KL(q^ || p^), and the log-odds u of q_y,
     each [...].
@@ -77,7 +79,7 @@ def split(
     v, log_p_rest = _log_odds(t, y, rest, temperature)
     target = _times(_sigmoid(u), logsigmoid(u) - logsigmoid(v), u != -INF)
     target = target + _times(_sigmoid(-u), logsigmoid(-u) - logsigmoid(-v), u != INF)
-    return target, _kl(log_q_rest, log_p_rest), u
+    return target, _kl(log_q_rest, log_p_rest, kept), u
 
 
 def _sigmoid(u: Tensor) -> Tensor:
@@ -106,9 +108,9 @@ def _log_odds(
     return u[..., 0], torch.where(alone, -INF, torch.log_softmax(z, -1))
 
 
-def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _kl(log_q: Tensor, log_p: Tensor, kept: Tensor | bool = True) -> Tensor:
     """sum_k q_k (log q_k - log p_k) over the columns where log q_k is not -inf; 0 log 0 = 0."""
-    return _times(log_q.exp(), log_q - log_p, log_q != -INF).sum(-1)
+    return _times(log_q.exp(), log_q - log_p, (log_q != -INF) & kept).sum(-1)
 
 
 def _times(weight: Tensor, x: Tensor, present: Tensor) -> Tensor:
@@ -137,6 +139,7 @@ class _Rows(NamedTuple):
     y: Tensor  # [...], 0 where there is no label
     has_label: Tensor
     temperature: float | Tensor
+    kept: Tensor | bool  # [V], the columns that have terms; the others count in the normalisers
 
     @property
     def log_q(self) -> Tensor:
@@ -148,12 +151,15 @@ class _Rows(NamedTuple):
 
     def split(self):
         """(KL(b_q || b_p), KL(q^ || p^), log-odds of q_y)."""
-        return split(self.s, self.t, self.y, self.temperature)
+        return split(self.s, self.t, self.y, self.temperature, kept=self.kept)
+
+    def kl(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return _kl(log_q, log_p, self.kept)
 
     def of_columns(self, phi) -> Tensor:
         """sum phi(log q_k, log p_k), 0 where both are -inf."""
         log_q, log_p = self.log_q, self.log_p
-        nothing = (log_q == -INF) & (log_p == -INF)
+        nothing = ((log_q == -INF) & (log_p == -INF)) | ~torch.as_tensor(self.kept)
         log_q, log_p = (torch.where(nothing, 0.0, x) for x in (log_q, log_p))
         return torch.where(nothing, 0.0, phi(log_q, log_p)).sum(-1)
 
@@ -161,7 +167,7 @@ class _Rows(NamedTuple):
 def _reverse_kl(r: _Rows) -> Tensor:
     target, nontarget, u = r.split()
     split_up = target + _sigmoid(-u) * nontarget
-    return torch.where(r.has_label, split_up, _kl(r.log_q, r.log_p))
+    return torch.where(r.has_label, split_up, r.kl(r.log_q, r.log_p))
 
 
 def _drkl(r: _Rows, gamma) -> Tensor:
@@ -170,11 +176,15 @@ def _drkl(r: _Rows, gamma) -> Tensor:
 
 
 def _forward_kl(r: _Rows) -> Tensor:
-    return _kl(r.log_p, r.log_q)
+    whole = r.kl(r.log_p, r.log_q)
+    if torch.as_tensor(r.kept).all():
+        return whole
+    target, nontarget, v = split(r.t, r.s, r.y, r.temperature, kept=r.kept)
+    return torch.where(r.has_label, target + _sigmoid(-v) * nontarget, whole)
 
 
 def _dkd(r: _Rows, alpha, beta) -> Tensor:
-    target, nontarget, _ = split(r.t, r.s, r.y, r.temperature)
+    target, nontarget, _ = split(r.t, r.s, r.y, r.temperature, kept=r.kept)
     return alpha * target + beta * nontarget
 
 
@@ -189,7 +199,7 @@ def _z_loss(r: _Rows) -> Tensor:
 
 def _entropy(r: _Rows, teacher: bool = False) -> Tensor:
     log_q = r.log_p if teacher else r.log_q
-    return -_times(log_q.exp(), log_q, log_q != -INF).sum(-1)
+    return -_times(log_q.exp(), log_q, (log_q != -INF) & r.kept).sum(-1)
 
 
 def _gated_kl(r: _Rows, threshold, forward) -> Tensor:
@@ -203,7 +213,7 @@ def _adaptive_kl(r: _Rows, head) -> Tensor:
     before = ranked.cumsum(-1) - ranked
     last = torch.where(before < _column(torch.as_tensor(head, dtype=p.dtype)), ranked, 1.0)
     in_head = p >= last.amin(-1, keepdim=True)
-    gap = (q - p).abs()
+    gap = (q - p).abs() * r.kept
     total = gap.sum(-1)
     w = torch.where(total == 0, 0.5, (gap * in_head).sum(-1) / torch.where(total == 0, 1.0, total))
     return w * _forward_kl(r) + (1 - w) * _reverse_kl(r)
@@ -233,21 +243,21 @@ def _column(x: Tensor) -> Tensor:
 
 def _jensen_shannon(r: _Rows, beta) -> Tensor:
     log_q, log_p, log_m = _mixed(r, beta, 1 - beta)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return beta * r.kl(log_p, log_m) + (1 - beta) * r.kl(log_q, log_m)
 
 
 def _skew_kl(r: _Rows, alpha) -> Tensor:
     _, log_p, log_m = _mixed(r, alpha, 1 - alpha)
-    return _kl(log_p, log_m)
+    return r.kl(log_p, log_m)
 
 
 def _skew_reverse_kl(r: _Rows, alpha) -> Tensor:
     log_q, _, log_m = _mixed(r, 1 - alpha, alpha)
-    return _kl(log_q, log_m)
+    return r.kl(log_q, log_m)
 
 
 def _total_variation(r: _Rows) -> Tensor:
-    return 0.5 * (r.log_q.exp() - r.log_p.exp()).abs().sum(-1)
+    return 0.5 * ((r.log_q.exp() - r.log_p.exp()).abs() * r.kept).sum(-1)
 
 
 def _alpha_beta(r: _Rows, alpha, beta) -> Tensor:
@@ -320,7 +330,7 @@ _ROWS = {
 def divergence(
     objective: objectives.Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | SparseTeacher | None = None,
     labels: Tensor | None = None,
     *,
     weight: Tensor | None = None,
@@ -333,10 +343,17 @@ def divergence(
     support: str = "full",
     filter_value: float = -INF,
     return_metrics: bool = False,
+    dropped: bool = False,
 ):
     """The sum of the objective's terms. Those written outside of this package have their own
-    values, and derivatives by autograd.
+    values, and derivatives by autograd. dropped: the last column counts in the normalisers alone.
     """
+    if isinstance(teacher_logits, SparseTeacher):
+        return _of_sparse(
+            objective, student_logits, teacher_logits, labels, weight=weight, shift=shift,
+            temperature=temperature, ignore_index=ignore_index, reduction=reduction,
+            num_items=num_items, return_metrics=return_metrics,
+        )  # fmt: skip
     student, has_teacher = student_logits, teacher_logits is not None
     teacher = teacher_logits.detach() if has_teacher else student.detach()
     V = min(student.shape[-1], teacher.shape[-1])
@@ -364,10 +381,11 @@ def divergence(
     if objective.skew is not None:
         t = _skewed_teacher(s, t, _own(objective.skew, s, shift), temperature)
     here = torch.where(has_label, y, 0)
-    missing = (t == -INF) & (s != -INF)
+    kept = torch.arange(V, device=s.device) < V - dropped
+    missing = (t == -INF) & (s != -INF) & kept
     reasons = {
         TEACHER: missing.any(-1),
-        STUDENT: ((s == -INF) & (t != -INF)).any(-1),
+        STUDENT: ((s == -INF) & (t != -INF) & kept).any(-1),
         LABEL: has_label & (s.gather(-1, here[..., None])[..., 0] == -INF),
     }
     is_inf = torch.zeros_like(is_nan)
@@ -379,7 +397,7 @@ def divergence(
     # rows decided by an edge go through the formulas as flat rows, so that no NaN reaches a
     # gradient
     s_row, t_row = (torch.where(special[..., None], 0.0, x) for x in (s, t))
-    loss = _terms(objective, _Rows(s_row, t_row, here, has_label, temperature), shift)
+    loss = _terms(objective, _Rows(s_row, t_row, here, has_label, temperature, kept), shift)
     loss = torch.where(is_nan, 0.0, torch.where(is_inf, INF, loss))
     # a NaN row's gradient is NaN in every column; the other rows meet a product of zeros
     poison = torch.where(is_nan, float("nan"), 0.0)[..., None].to(dtype)
@@ -393,12 +411,151 @@ def divergence(
         return reduced
     with torch.no_grad():
         metrics = _metrics(
-            loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labels is not None
-        )
+            loss, s, t, y, has_label, missing, ignored, is_nan, temperature, kept,
+            labels is not None,
+        )  # fmt: skip
     if not has_teacher:
         names = "target_kl", "nontarget_kl", "teacher_target_prob", "teacher_entropy"
         metrics = metrics._replace(**dict.fromkeys(names))
     return reduced, metrics
+
+
+def log_probs_at(
+    logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0, shift: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(log q of the ids [..., K], -inf where they are -1; log of the sum of q over all other
+    columns [...]).
+    """
+    if shift:
+        ids = torch.roll(ids, -1, dims=-2)
+        last = torch.arange(ids.shape[-2], device=ids.device) == ids.shape[-2] - 1
+        ids = torch.where(last[:, None], -1, ids)
+    log_q, there = log_softmax(logits, temperature=temperature), ids >= 0
+    at_ids = log_q.gather(-1, torch.where(there, ids, 0).long())
+    return torch.where(there, at_ids, -INF), _log_rest(log_q, ids, there)
+
+
+def _log_rest(log_q: Tensor, ids: Tensor, there: Tensor) -> Tensor:
+    """log sum q over the columns that are not among the ids that are there."""
+    among = torch.zeros(log_q.shape, device=log_q.device)
+    among = among.scatter_reduce(-1, torch.where(there, ids, 0).long(), there.to(among), "amax") > 0
+    nothing = (among | (log_q == -INF)).all(-1)
+    rest = torch.where(among, -INF, log_q)
+    rest = torch.where(nothing[..., None], 0.0, rest)
+    return torch.where(nothing, -INF, torch.logsumexp(rest, -1))
+
+
+def cells(
+    student_logits: Tensor, teacher: SparseTeacher, y: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the cells [..., C] in the student, in the teacher, and the labels'
+    places among them, -1 where they have none); y [...]: the labels' columns or -1. The last cell
+    is the rest, which ``tail="renormalise"`` leaves out.
+    """
+    s, dtype = student_logits, torch.promote_types(student_logits.dtype, teacher.log_probs.dtype)
+
+    def at_temperature(x):
+        z, x = teacher.log_z, x.to(dtype)
+        if z is None:
+            return x / temperature
+        if teacher.normalised:
+            return (x + z[..., :1].to(dtype)) / temperature - z[..., 1:].to(dtype)
+        return x / temperature - z[..., None].to(dtype)
+
+    ids, log_p = teacher.ids.long(), at_temperature(teacher.log_probs)
+    if teacher.label_log_probs is not None:
+        ids = torch.cat([ids, y[..., None]], -1)
+        log_p = torch.cat([log_p, at_temperature(teacher.label_log_probs[..., None])], -1)
+    there = (ids >= 0) & (log_p != -INF)
+    same = (ids[..., :, None] == ids[..., None, :]) & there[..., None, :]
+    there = there & ~same.tril(-1).any(-1)  # the first of each id
+    log_q = log_softmax(s, temperature=temperature)
+    at_ids = log_q.gather(-1, torch.where(there, ids, 0))
+    at_ids, log_p = (torch.where(there, x, -INF) for x in (at_ids, log_p))
+    match = there & (ids == y[..., None])
+    place = torch.where(match.any(-1), match.int().argmax(-1), -1)
+    if teacher.tail == "renormalise":
+        return at_ids, log_p, place
+    log_rest = _log_rest(log_q, ids, there)
+    stored = torch.promote_types(teacher.log_probs.dtype, torch.float32)
+    whole = torch.logsumexp(log_p, -1)
+    whole = torch.where(whole > -torch.finfo(stored).eps, -torch.finfo(stored).eps, whole)
+    rest = torch.where(there.sum(-1) == s.shape[-1], -INF, torch.log(-torch.expm1(whole)))
+    return *(torch.cat(x, -1) for x in ((at_ids, log_rest[..., None]), (log_p, rest[..., None]))), place
+
+
+def _of_sparse(
+    objective, student, teacher, labels, *, weight, shift, temperature, ignore_index, reduction,
+    num_items, return_metrics,
+):  # fmt: skip
+    """A loss of cells, by the definition: the terms that compare with a teacher of the cells, the
+    others of the student's logits.
+    """
+    dtype = torch.promote_types(student.dtype, teacher.log_probs.dtype)
+    s, V = student.to(dtype), student.shape[-1]
+    y = torch.full(s.shape[:-1], -1) if labels is None else labels.long()
+    weight = torch.ones(s.shape[:-1], dtype=dtype) if weight is None else weight.to(dtype)
+    ignored = (weight == 0) | (False if labels is None else y == ignore_index)
+    terms = objective.terms
+    if shift:
+        y, ignored, weight = (torch.roll(x, -1, dims=-1) for x in (y, ignored, weight))
+        ignored = ignored | (torch.arange(s.shape[-2]) == s.shape[-2] - 1)
+        terms = [
+            (f, [_own(x, s, True) for x in p], None if w is None else _own(w, s, True))
+            for f, p, w in terms
+        ]
+    compared = [t for t in terms if t[0].needs & facts.TEACHER]
+    alone = [t for t in terms if not t[0].needs & facts.TEACHER]
+    y = torch.where(ignored | (y < 0) | (y >= V), -1, y)
+    # the rest of a row that is ignored is not to be NaN
+    s = torch.where(ignored[..., None], 0.0, s)
+    if teacher.tail == "uniform":
+        _, log_p, _ = cells(s.detach(), teacher, y, temperature)
+        s_cells, place, dropped = s, y, False
+        t_cells = _spread(log_p, teacher, y, V) * temperature
+        at = temperature
+    else:
+        s_cells, t_cells, place = cells(s, teacher, y, temperature)
+        dropped, at = teacher.tail == "drop", 1.0
+    if dropped and not objective.labels_compared:
+        place = torch.full_like(place, -1)  # a sum of the columns' own terms
+    place = torch.where(ignored, -100, place)
+    common = dict(reduction="none", ignore_index=-100, weight=torch.where(ignored, 0.0, 1.0))
+    skew = None if objective.skew is None else _own(objective.skew, s, shift)
+    of_cells = objectives.Objective(tuple(compared), skew)
+    t_cells = torch.where(ignored[..., None], 0.0, t_cells)
+    labelled = None if labels is None else place
+    loss = divergence(
+        of_cells, s_cells, t_cells, labelled, temperature=at, dropped=dropped,
+        return_metrics=return_metrics, **common,
+    )  # fmt: skip
+    loss, metrics = loss if return_metrics else (loss, None)
+    if alone:
+        labelled = None if labels is None else torch.where(ignored, -100, y)
+        other = objectives.Objective(tuple(alone))
+        other = divergence(other, s, None, labelled, temperature=temperature, **common)
+        is_inf = (loss == INF) | (other == INF)
+        loss = torch.where(is_inf, INF, loss + torch.where(is_inf, 0.0, other))
+    connected_zero = 0.0 * torch.where(s.isfinite(), s, 0.0).sum()
+    weight = torch.where(ignored, 0.0, weight)
+    reduced = _reduce(loss, weight, reduction, num_items, connected_zero)
+    return (reduced, metrics._replace(loss=loss.detach())) if return_metrics else reduced
+
+
+def _spread(log_p: Tensor, teacher: SparseTeacher, y: Tensor, V: int) -> Tensor:
+    """Log-probabilities [..., V]: the rest of the cells spread evenly over the other columns."""
+    ids = teacher.ids.long()
+    if teacher.label_log_probs is not None:
+        ids = torch.cat([ids, y[..., None]], -1)
+    there = log_p[..., :-1] != -INF
+    out = (log_p[..., -1:] - torch.log(V - there.sum(-1, keepdim=True))).repeat(
+        *[1] * (log_p.dim() - 1), V
+    )
+    for k in range(ids.shape[-1]):
+        index = torch.where(there[..., k], ids[..., k], 0)[..., None]
+        value = torch.where(there[..., k, None], log_p[..., k, None], out.gather(-1, index))
+        out = out.scatter(-1, index, value)
+    return out
 
 
 def _own(x, like: Tensor, shift: bool):
@@ -438,15 +595,16 @@ def _of_formula(formula, r: _Rows, parameters) -> Tensor:
 
         return r.of_columns(value)
     _, qp, u = r.split()
-    _, pq, v = split(r.t, r.s, r.y, r.temperature)
+    _, pq, v = split(r.t, r.s, r.y, r.temperature, kept=r.kept)
     u, v = (torch.where(r.has_label, x, -INF) for x in (u, v))
-    qp = torch.where(r.has_label, qp, _kl(r.log_q, r.log_p))
-    pq = torch.where(r.has_label, pq, _kl(r.log_p, r.log_q))
+    qp = torch.where(r.has_label, qp, r.kl(r.log_q, r.log_p))
+    pq = torch.where(r.has_label, pq, r.kl(r.log_p, r.log_q))
     entropies = []
     for x in (r.s, r.t):
         rest = torch.arange(x.shape[-1]) != torch.where(r.has_label, r.y, -1)[..., None]
         log_rest = log_softmax(torch.where(rest, x, -INF), temperature=r.temperature)
-        entropies.append(-_times(log_rest.exp(), log_rest, log_rest != -INF).sum(-1))
+        there = (log_rest != -INF) & r.kept
+        entropies.append(-_times(log_rest.exp(), log_rest, there).sum(-1))
     at_label = log_softmax(r.s).gather(-1, r.y[..., None])[..., 0]
     f = facts.Facts(
         u, v, logsigmoid(u), logsigmoid(-u), logsigmoid(v), logsigmoid(-v), qp, pq, *entropies,
@@ -508,9 +666,9 @@ def _reduce(loss, weight, reduction, num_items, connected_zero):
     return connected_zero if denominator == 0 else loss.sum() / denominator
 
 
-def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, labelled):
+def _metrics(loss, s, t, y, has_label, missing, ignored, is_nan, temperature, kept, labelled):
     s, t = (torch.where((ignored | is_nan)[..., None], 0.0, x) for x in (s, t))
-    r = _Rows(s, t, torch.where(has_label, y, 0), has_label, temperature)
+    r = _Rows(s, t, torch.where(has_label, y, 0), has_label, temperature, kept)
 
     def clean(x, unknown):
         return torch.where(ignored, 0.0, torch.where(unknown, float("nan"), x))

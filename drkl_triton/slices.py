@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import algebra, tiled
+from . import tiled
+from ._cells import Cells
 from ._layout import rows_in_place, rows_of
 from .facts import IGNORED
 
+from ._loss import Loss
+
 if TYPE_CHECKING:
-    from ._loss import Loss
+    from ._cells import CellLoss
 
 MB = 1 << 20
 # What both models' slices take by default: this, or on a GPU a quarter of its free memory, if that
@@ -199,6 +202,19 @@ class _NoLogits:
         return None
 
 
+class _TeacherCells:
+    """Of a sparse teacher; with a tail that is spread evenly the logits that they make."""
+
+    def __init__(self, cells: Cells, rows: _Rows, loss: Loss | CellLoss):
+        self.cells = cells if rows.chosen is None else cells.rows(rows.chosen)
+        self.loss, self.spread = loss, isinstance(loss, Loss)
+        self.itemsize = cells.log_p.element_size() if self.spread else 0
+
+    def slice(self, i: int, j: int) -> Cells | Tensor:
+        part = self.cells.rows(slice(i, j))
+        return part.spread(self.loss.V, self.loss.inv_temperature) if self.spread else part
+
+
 class _ModelLogits:
     """The teacher's logits where its head makes them."""
 
@@ -278,7 +294,7 @@ def plan(count: int, slice_bytes: int, group_bytes: int, chunk_bytes: int) -> tu
 def walk(
     loss: Loss,
     student: Head,
-    teacher: Head | Tensor | None,
+    teacher: Head | Tensor | Cells | None,
     label: Tensor,
     parameters: Tensor | None,
     upstream: Tensor | None,
@@ -289,7 +305,7 @@ def walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(sums [16, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
 
-    teacher: its head, its logits [..., V], or None. label int64 [N]; parameters of the objective
+    teacher: its head, its logits [..., V], its cells, or None. label int64 [N]; parameters of the objective
     [P, N] or [P, 1]. upstream [N]: the gradient of each
     row's loss; None: no gradient is wanted. sums: those of an earlier call, or None. may_skip:
     whether rows may be ignored, so that it must be looked which are.
@@ -299,7 +315,12 @@ def walk(
     if isinstance(teacher, Head):
         theirs, itemsize = _ModelLogits(teacher, rows), acc.itemsize
     else:
-        theirs = _NoLogits() if teacher is None else _GivenLogits(teacher, V, rows)
+        if teacher is None:
+            theirs = _NoLogits()
+        elif isinstance(teacher, Cells):
+            theirs = _TeacherCells(teacher, rows, loss)
+        else:
+            theirs = _GivenLogits(teacher, V, rows)
         itemsize = theirs.itemsize
     dtype = student.weight.dtype
     narrow = upstream is not None and dtype.itemsize == 2 and acc == torch.float32
@@ -330,7 +351,7 @@ def walk(
     if sums is not None:
         table = sums if rows.chosen is None else sums[:, rows.chosen]
     else:
-        table = torch.empty((algebra.SUMS, rows.count), dtype=acc, device=device)
+        table = torch.empty((loss.table_rows, rows.count), dtype=acc, device=device)
     if upstream is not None:
         gradients = _Gradients(student, wanted, rows, V, acc)
         upstream = rows.take(upstream, 0, rows.count)
@@ -350,7 +371,7 @@ def walk(
             s, y = S[: e - k], label[k:e]
             student.logits(rows.take(student.hidden, k, e), s)
             t = theirs.slice(k, e)
-            pair = rows_of(s), rows_of(s if t is None else t)
+            pair = rows_of(s), t if isinstance(t, Cells) else rows_of(s if t is None else t)
             own = parameters[:, k:e] if per_row else parameters
             if sums is None:
                 table[:, k:e] = loss.sums(*pair, y, own)
@@ -371,7 +392,7 @@ def walk(
     if sums is None:
         sums = table
         if rows.chosen is not None:
-            sums = torch.zeros((algebra.SUMS, rows.total), dtype=acc, device=device)
+            sums = torch.zeros((loss.table_rows, rows.total), dtype=acc, device=device)
             sums[:, rows.chosen] = table
     if upstream is None:
         return sums, None, None, None

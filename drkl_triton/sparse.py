@@ -6,12 +6,21 @@ docs/sparse-teachers.md says where such teachers come from and what is lost.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _reduction, ops
+from .graph import LinearCall, LinearLogProbsFunction, LogProbsFunction
 
-__all__ = ["SparseTeacher"]
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from ._objective import Objective
+    from ._options import Rows
+
+__all__ = ["SparseTeacher", "linear_log_probs_at", "log_probs_at"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +82,132 @@ class SparseTeacher:
 
     def __post_init__(self) -> None:
         _checks.sparse_teacher(self)
+
+    def cells(
+        self, objective: Objective, rows: Rows, V: int, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(log_p, columns, the labels' places) of _cells.Cells; for the losses."""
+        one = not isinstance(temperature, Tensor) and temperature == 1
+        _checks.sparse_temperature(self, one)
+        device, dtype = self.ids.device, rows.inv_temperature.dtype
+        wide = torch.float64 if device.type in ("cpu", "cuda") else dtype  # some GPUs have none
+        columns, log_p, label = ops.cells(
+            self.ids, self.log_probs, self.label_log_probs,
+            None if one and self.normalised else self.log_z, rows.codes,
+            _reduction.inverse(temperature, device, wide), V, self.tail, objective.labels_compared,
+            dtype,
+        )  # fmt: skip
+        return log_p, columns, label
+
+
+def log_probs_at(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    shift: bool = False,
+    backend: str = "auto",
+    return_tail: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The log-probabilities of K columns a row, and of all others together, in one scan of the
+    logits: ``log_softmax(logits / temperature).gather(-1, ids)`` without the log-softmax.
+
+    Args:
+        logits: ``[..., V]``, float16, bfloat16, float32 or float64; strides as in
+            :func:`drkl_triton.softmax`.
+        ids: ``[..., K]`` int32 or int64, in any order, K of up to some thousand. -1 is no entry; an
+            id may come several times. One outside ``[0, V)`` is a ValueError on the CPU; on a GPU,
+            where looking would stall the device, the row is NaN.
+        temperature: positive number, or 0-dim tensor (not validated, no gradient).
+        shift: next-token form for ``[B, T, V]``: row t gets the ids of row t + 1 (token ids
+            ``[..., None]``, say), and the last row has none.
+        backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
+        return_tail: also return the tail.
+
+    Returns:
+        ``log_q [..., K]``, float32 (float64 for float64), -inf where there is no entry; and with
+        ``return_tail`` ``(log_q, log_tail)``, ``log_tail [...]`` being the logarithm of the sum of
+        all other probabilities, which is a sum and no difference from 1. Rows without an entry are
+        not read: their tail is 0. A row with NaN or +inf, or -inf everywhere, is NaN.
+
+    Raises:
+        TypeError: wrong types, dtypes, layouts; a tensor inside a ``torch.func`` transform.
+        ValueError: shapes or devices that do not fit; ids outside of the vocabulary; ``backend``
+            unknown or not available here.
+        RuntimeError: differentiating the gradient (second derivatives).
+
+    The gradient is that of ``logits``, in their dtype. Between forward and backward O(N K) numbers
+    are kept; in all the logits are read twice and the gradient is written once.
+    """
+    _checks.logits("logits", logits)
+    ids, backend = _ids_of(ids, logits, "logits", temperature, shift, backend, return_tail)
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    inv_temperature = _reduction.inverse(temperature, logits.device, acc)
+    columns, codes = ops.distinct(ids, logits.shape[-1])
+    flat = ids.reshape(-1, ids.shape[-1])
+    found = LogProbsFunction.apply(logits, flat, columns, codes, inv_temperature, backend)
+    return _shaped(found, ids, return_tail)
+
+
+def linear_log_probs_at(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    shift: bool = False,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+    return_tail: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`log_probs_at`, from the last hidden states ``[..., H]`` and the output matrix
+    ``[V, H]``; the logits exist a slice at a time, and once more in the backward pass.
+
+    ``bias [V]``, ``scale``, ``softcap`` and ``chunk_bytes`` are those of
+    :func:`drkl_triton.linear_reverse_kl`. Rows without an entry are left out before the first
+    product, which waits for the device.
+    """
+    _checks.head_numbers("", scale, softcap)
+    _checks.linear_options(chunk_bytes=chunk_bytes, recompute=False)
+    _checks.head("", hidden, weight, bias)
+    ids, backend = _ids_of(ids, hidden, "hidden", temperature, shift, backend, return_tail)
+    dtype = _checks.product_dtype("weight", weight, "hidden", hidden)
+    acc = torch.float32
+    for x in (hidden, weight, bias):
+        acc = acc if x is None else torch.promote_types(acc, x.dtype)
+    V, device = weight.shape[0], hidden.device
+    columns, codes = ops.distinct(ids, V)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    call = LinearCall(
+        student_dtype=dtype, teacher_dtype=None, V=V, objective="", needs=0, wanted=tuple(wanted),
+        may_skip=True, chunk_bytes=chunk_bytes, tail="", backend=backend, metrics=False,
+    )  # fmt: skip
+    scale = None if scale == 1 else _reduction.scalar(scale, acc, device)
+    softcap = None if softcap is None else _reduction.scalar(softcap, acc, device)
+    found = LinearLogProbsFunction.apply(
+        call, ids.reshape(-1, ids.shape[-1]), hidden, weight, bias, scale, softcap, *[None] * 6,
+        codes, _reduction.inverse(temperature, device, acc), None, None, columns, None,
+    )  # fmt: skip
+    return _shaped(found, ids, return_tail)
+
+
+def _ids_of(ids, like, of, temperature, shift, backend, return_tail) -> tuple[Tensor, str]:
+    """(the ids of each row, the backend), checked."""
+    _checks.positive("temperature", temperature)
+    _checks.flag("shift", shift)
+    _checks.flag("return_tail", return_tail)
+    _checks.one_of("backend", backend, _checks.BACKENDS)
+    _checks.token_ids("ids", ids)
+    _checks.rows_of_ids(ids, like, of)
+    if shift:
+        _checks.shift_shape(like, of)
+        ids = torch.cat([ids[..., 1:, :], torch.full_like(ids[..., :1, :], -1)], -2)
+    return ids, _checks.backend(backend, like)
+
+
+def _shaped(found, ids: Tensor, return_tail: bool) -> Tensor | tuple[Tensor, Tensor]:
+    log_q, log_tail = found[0].view(ids.shape), found[1].view(ids.shape[:-1])
+    return (log_q, log_tail) if return_tail else log_q

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import _reduction, facts
 from ._layout import Rows
 from ._tile import LOG2E, Tile
-from .algebra import AT, SUMS, merge
+from .algebra import AT, SUMS, formula_arguments, merge
 from .facts import (
     ENTROPY,
     FORWARD,
@@ -570,6 +570,44 @@ def row_phi(
     _spread((student, teacher), N, V, acc, work, PHI_BUFFERS, skipped=skipped)
 
 
+def row_tail(
+    student: Rows, columns: Tensor, label: Tensor, inv_temperature: Tensor, V: int
+) -> Tensor:
+    """(m, d) [2, N] of each row without its columns (kernels/row_tail.py)."""
+    N, acc = label.numel(), inv_temperature.dtype
+    tail = torch.zeros(2, N, dtype=acc, device=label.device)
+    scale, floor = inv_temperature * LOG2E, torch.finfo(acc).min
+
+    def work(rows, scratch):
+        left_out = columns[rows].long()
+        m, d = None, None
+        for c, e in scratch.spans:
+            (x,) = scratch.tiles(len(left_out), e - c)
+            _leave_out_all(x.copy_(_tile(student, rows, c, e)), left_out - c)
+            top = x.amax(1).clamp_min_(floor)
+            top = top if m is None else torch.maximum(top, m)
+            mass = x.sub_(top[:, None]).mul_(scale).exp2_().sum(1)
+            if m is not None:
+                mass += d * torch.exp2((m - top) * scale)
+            m, d = top, mass
+        tail[0, rows], tail[1, rows] = m, d
+
+    unread = (label == IGNORED) | (label == INVALID)
+    _spread((student,), N, V, acc, work, 1, skipped=unread if label.device.type == "cpu" else None)
+    return tail
+
+
+def _leave_out_all(x: Tensor, columns: Tensor) -> None:
+    """x [rows, columns of the tile] with -inf at the columns [rows, K], ascending, counted from its
+    first; those outside of it go where the first inside is, or write what is there.
+    """
+    inside = (columns >= 0) & (columns < x.shape[1])
+    first = torch.where(inside, columns, x.shape[1]).amin(1, keepdim=True)
+    none = first == x.shape[1]
+    index = torch.where(inside, columns, torch.where(none, 0, first))
+    x.scatter_(1, index, torch.where(none, x[:, :1], -INF).expand(index.shape))
+
+
 def row_sum_parts(*args, **flags) -> Tensor:
     """``row_sums`` as the one share that it is, [1, 16, N]."""
     return row_sums(*args, **flags)[None]
@@ -608,20 +646,7 @@ def row_losses(
     formulas = formula_arguments(sums, label, inv_temperature, parameters)
     out = facts.losses(*formulas, program.terms, program.phis, needs, metrics)
     loss, fields = out[0], torch.stack(out) if metrics else None
-    if reduction == "none":
-        return sums, loss if weight is None else loss * weight, None, fields
-    denominator = None
-    if reduction == "mean":
-        denominator = num_items
-        if denominator is None:
-            denominator = (label != IGNORED if weight is None else weight).sum(dtype=loss.dtype)
-    return sums, _reduction.total(loss, weight, denominator), denominator, fields
-
-
-def formula_arguments(sums, label, inv_temperature, parameters):
-    """The first arguments of the functions of facts.py."""
-    parameters = () if parameters is None else parameters.unbind(0)
-    return Sums(*sums.unbind(0)), label, inv_temperature, parameters
+    return sums, *_reduction.of_rows(loss, label, weight, num_items, reduction), fields
 
 
 def row_weights(

@@ -20,6 +20,7 @@ from drkl_triton import (
     slices,
     tiled,
 )
+from drkl_triton import algebra
 from drkl_triton._layout import rows_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -443,7 +444,7 @@ def test_the_bound_of_a_gradient_holds():
             needs = objective.needs
             loss = _loss.of(tiled, objective, inv, 11)._replace(needs=needs)
             sums = loss.sums(rows_of(s), rows_of(t), y, parameters)
-            formulas = tiled.formula_arguments(sums, y, inv, parameters)
+            formulas = algebra.formula_arguments(sums, y, inv, parameters)
             bound = facts.gradient_bound(*formulas, loss.program.terms, loss.program.phis, needs)
             has = y >= 0
             x = s.clone().requires_grad_()
