@@ -37,7 +37,14 @@ from .modules import (  # noqa: E402
     LinearReverseKLLoss,
     ReverseKLLoss,
 )
-from .sparse import SparseTeacher, linear_log_probs_at, log_probs_at  # noqa: E402
+from .sparse import (  # noqa: E402
+    SparseTeacher,
+    linear_log_probs_at,
+    log_probs_at,
+    sampled_teacher,
+    teacher_topk,
+    union_ids,
+)
 
 __all__ = [
     "DRKLLoss",
@@ -67,8 +74,11 @@ __all__ = [
     "objectives",
     "reference",
     "reverse_kl",
+    "sampled_teacher",
     "skew_kl",
     "skew_reverse_kl",
     "softmax",
+    "teacher_topk",
     "total_variation",
+    "union_ids",
 ]

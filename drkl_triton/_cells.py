@@ -423,7 +423,8 @@ class LogProbs(NamedTuple):
             torch.reciprocal(room, out=factor)
         # where there is nothing, no gradient goes
         there = torch.cat([cells.columns < self.V, (sums[1] > 0)[:, None]], 1)
-        g = torch.where(there | log_q.isnan(), g, 0.0)
+        counts = (there | log_q.isnan()) & (label != IGNORED)[:, None]
+        g, log_q = torch.where(counts, g, 0.0), torch.where(counts, log_q, -INF)
         others = g.sum(1, keepdim=True) - g
         g = -torch.expm1(log_q) * g - log_q.exp() * others
         zero = (g == 0).all(1)

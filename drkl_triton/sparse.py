@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from ._objective import Objective
     from ._options import Rows
 
-__all__ = ["SparseTeacher", "linear_log_probs_at", "log_probs_at"]
+__all__ = [
+    "SparseTeacher",
+    "linear_log_probs_at",
+    "log_probs_at",
+    "sampled_teacher",
+    "teacher_topk",
+    "union_ids",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,3 +218,103 @@ def _ids_of(ids, like, of, temperature, shift, backend, return_tail) -> tuple[Te
 def _shaped(found, ids: Tensor, return_tail: bool) -> Tensor | tuple[Tensor, Tensor]:
     log_q, log_tail = found[0].view(ids.shape), found[1].view(ids.shape[:-1])
     return (log_q, log_tail) if return_tail else log_q
+
+
+def teacher_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    backend: str = "auto",
+) -> SparseTeacher:
+    """The k largest log-probabilities of a teacher's logits ``[..., V]``, for caching them or for
+    comparing with the whole.
+
+    Args:
+        labels: ``[...]`` int64 or int32, the columns whose log-probabilities go into
+            ``label_log_probs``; a label outside of the vocabulary, such as -100, gets -inf. For a
+            loss with ``shift=True`` they are the next tokens, ``torch.roll(tokens, -1, -1)``.
+        temperature: that of the loss; where it is not 1, ``log_z`` is filled in.
+        tail: of the result, which may be changed later: ``dataclasses.replace(teacher,
+            tail="uniform")``.
+
+    Nothing of the size of the logits is made; without a gradient.
+    """
+    _checks.logits("logits", logits)
+    _checks.integer("k", k, "20")
+    _checks.positive("temperature", temperature)
+    V = logits.shape[-1]
+    if not 1 <= k <= V:
+        raise ValueError(f"k must be from 1 to the vocabulary of {V}, got {k}; pass fewer")
+    logits = logits.detach()
+    ids = wanted = logits.topk(k, dim=-1).indices
+    if labels is not None:
+        _checks.rows(labels, None, False, logits, "logits")
+        labels = torch.where((labels < 0) | (labels >= V), -1, labels.long())
+        wanted = torch.cat([ids, labels[..., None]], -1)
+
+    def at(temperature):
+        options = dict(temperature=temperature, backend=backend, return_tail=False)
+        return log_probs_at(logits, wanted, **options)
+
+    log_probs, log_z = at(1.0), None
+    if temperature != 1:
+        top = logits.gather(-1, ids[..., :1]).to(log_probs.dtype)
+        log_z = [top - log_probs[..., :1], top / temperature - at(temperature)[..., :1]]
+        log_z = torch.cat(log_z, -1)
+    at_label = None if labels is None else log_probs[..., k]
+    return SparseTeacher(
+        ids, log_probs[..., :k], tail=tail, log_z=log_z, label_log_probs=at_label
+    )
+
+
+def union_ids(student_logits: Tensor, teacher: Tensor | SparseTeacher, k: int) -> Tensor:
+    """The columns ``[..., 2 k]`` int64 of the k largest of either model, for losses whose terms are
+    weighted with the student's probabilities (reverse KL, DRKL): where the student puts its mass is
+    where they need the teacher. One that both have stands once, with -1 in its other place.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher: logits ``[..., V]``, or a SparseTeacher of at least k entries, whose ids count. What
+            is then missing are its log-probabilities of the student's columns: ask the server for
+            those ids.
+    """
+    _checks.logits("student_logits", student_logits)
+    _checks.integer("k", k, "20")
+    if isinstance(teacher, SparseTeacher):
+        _checks.cells_of(teacher, student_logits, "student_logits")
+        there = torch.where(teacher.ids < 0, float("-inf"), teacher.log_probs)
+        theirs = teacher.ids.long().gather(-1, there.topk(k, dim=-1).indices)
+    else:
+        _checks.logits_pair(student_logits, teacher.detach(), "truncate")
+        theirs = teacher.topk(k, dim=-1).indices
+    ours = student_logits.detach().topk(k, dim=-1).indices
+    again = (theirs[..., :, None] == ours[..., None, :]).any(-1)
+    return torch.cat([ours, torch.where(again, -1, theirs)], -1)
+
+
+def sampled_teacher(ids: Tensor) -> SparseTeacher:
+    """A teacher of whom samples are known: ids ``[..., S]`` drawn from p (-1: none), each with the
+    weight 1 / S, in place of its log-probabilities (random sampling KD, arXiv 2503.16870).
+
+    With forward KL the gradient is that of the whole teacher in expectation; its variance goes with
+    1 / S. The value is not: it lacks p's entropy. Other divergences of samples have no such meaning.
+    """
+    _checks.token_ids("ids", ids)
+    ids, _ = ids.long().sort(dim=-1)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    # the place of the next first one, from the right
+    S = ids.shape[-1]
+    place = torch.where(first, torch.arange(S, device=ids.device), S)
+    following = torch.cat([place[..., 1:], torch.full_like(place[..., :1], S)], -1)
+    following = following.flip(-1).cummin(-1).values.flip(-1)
+    count = following - torch.arange(S, device=ids.device)
+    total = (ids >= 0).sum(-1, keepdim=True)
+    there = first & (ids >= 0)
+    log_probs = torch.where(there, count, 1).log() - total.clamp_min(1).log()
+    return SparseTeacher(
+        torch.where(there, ids, -1), torch.where(there, log_probs, float("-inf")), tail="drop"
+    )

@@ -119,8 +119,9 @@ def adaptive_kl(r):
     """Also the gaps' errors, which move the weight of two sums that may be of any size."""
     kl = ((r.q - r.p) * (r.log_q - r.log_p)).sum(-1, keepdim=True).abs()
     pairs = reverse_kl(r) + forward_kl(r)
-    ratio = r.q * (r.log_q - r.log_p).abs() + r.q + r.p
-    return [*pairs, (ratio, 1 + kl)]
+    ratio, apart = r.q * (r.log_q - r.log_p).abs(), (r.q - r.p).abs()
+    gap = apart.sum(-1, keepdim=True)  # whose parts' errors are those of q and p
+    return [*pairs, (ratio + r.q + r.p, 1 + kl), (ratio + apart, (1 + kl) / gap.clamp_min(1e-300))]
 
 
 def of_columns(r, pairs):
