@@ -140,6 +140,7 @@ def loss_kernels(objective):
 KERNELS = {
     **{name: moved for objective in OBJECTIVES for name, moved in loss_kernels(objective).items()},
     "merge_sums": (0, 0),
+    "row_tail": (1, 0),
     "softmax_sums": (1, 0),
     "softmax": (1, 1),
     "softmax log": (1, 1),
@@ -149,6 +150,9 @@ KERNELS = {
     "softmax_grad log": (2, 1),
     **dict.fromkeys(ROW_MAPS, (0, 0)),
 }
+# Reads the numbers of columns besides, one for all threads, in loops inside of the one over a row:
+# of its loads the widest is that of logits, and its instructions are not counted.
+READS_COLUMNS = "row_tail"
 LOSSES = {" + ".join(loss_kernels(name)): tuple(loss_kernels(name)) for name in OBJECTIVES}
 LOSS = tuple(loss_kernels("reverse_kl"))
 LOSS_NAME = " + ".join(LOSS)
@@ -259,6 +263,9 @@ def launch_all(case, launched, wanted, plain):
                 loss.sums(s, t, label, parameters)
             loss.write(s, t, label, parameters, weights)
     launched.suffix = ""
+    if "row_tail" in wanted and case.student == case.teacher and not case.support:
+        columns = torch.zeros(N, 20, dtype=torch.int32)
+        kernels.row_tail(s, columns, label, one, V, splits=case.splits)
     if not plain and wanted & {*ROW_MAPS}:
         launch_row_maps(case, N, one, label)
     if case.student == case.teacher and not case.support and wanted & SOFTMAX:
@@ -332,7 +339,9 @@ def measure(name, kernel, flags, target, case, plain):
         "barriers": sum(c.is_barrier for c in in_loops),
         "aligned": flags.get("ALIGNED", False),
     }
-    if not plain:
+    if name == READS_COLUMNS:
+        row["load_bits"] = row["load_bits"].split("/")[-1]
+    if not plain or name == READS_COLUMNS:
         return row
     warp, warps = TARGETS[target].warp_size, kernel.metadata.num_warps
     item = case.student.itemsize

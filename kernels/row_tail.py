@@ -88,7 +88,7 @@ def row_tail_kernel(
             cols, ends = end_columns(head, body, -1, V, G)
             x = load_tile(s_row + cols, ends, float("-inf"), G)
             x, i, column = without(x, cols, ids, i, column, V)
-            x, i, column = without(x, cols, ids, 0, tl.load(ids[0]), head)
+            x, i, column = without(x, cols, ids, i * 0, tl.load(ids[0]), head)
             S = add(S, x, scale)
     S = merge_lanes(S, scale, 0)
     tl.store(tail_ptr, S.m_s)
