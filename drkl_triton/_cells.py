@@ -5,8 +5,8 @@
     label    [N]: the place of the label among them, or a code as facts.py has them
 
 A scan of the student's logits without the columns, K of them picked out: that is a row of K + 1
-logits, whose divergence is computed as any other. Its gradient goes back to the columns, and to each
-other column in proportion to its probability.
+logits, whose divergence is computed as any other. Its gradient goes back to the columns, and to
+each other column in proportion to its probability.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def canonical(
     strict: bool,
     dtype: torch.dtype,
 ) -> Cells:
-    """In inv_temperature's dtype, which is to tell 1 - p from 1, and then in ``dtype``: ids, log_probs [N, K]; label_log_probs [N, 1]; codes [N], of the labels over the vocabulary; log_z [N, 2] or [N, 1]
-    (sparse.SparseTeacher). strict: a label without a cell is INVALID, else the row has none. An id
-    outside the vocabulary makes its row NaN.
+    """From ids, log_probs [N, K] and label_log_probs [N, 1]; codes [N], of the labels over the
+    vocabulary; log_z [N, 2] or [N, 1] (sparse.SparseTeacher). strict: a label without a cell is
+    INVALID, else the row has none. An id outside the vocabulary makes its row NaN. Computed in the
+    dtype of inv_temperature, which is to tell 1 - p from 1, and rounded to ``dtype``.
     """
     acc = inv_temperature.dtype
 
@@ -201,9 +202,7 @@ class CellLoss(NamedTuple):
         loss = self.of_cells._replace(V=s.shape[1], outside=outside)
         return loss, rows_of(s), rows_of(t)
 
-    def sums(
-        self, student: Rows, cells: Cells, label: Tensor, parameters: Tensor | None
-    ) -> Tensor:
+    def sums(self, student: Rows, cells: Cells, label: Tensor, parameters: Tensor | None) -> Tensor:
         """[rows of the table, N]; label: over the vocabulary."""
         scanned = student, cells.columns, cells.label, self.inv_temperature
         tail = self.launchers.row_tail(*scanned, self.V)
@@ -381,7 +380,8 @@ def to_cells(grad: Tensor, grad_rest: Tensor, columns: Tensor, ids: Tensor) -> T
     step, K = 1, ids.shape[1]
     while step < K:  # after it the first of equals holds the sum of twice as many
         same = ids[:, step:] == ids[:, :-step]
-        grad = torch.cat([grad[:, :-step] + torch.where(same, grad[:, step:], 0.0), grad[:, -step:]], 1)
+        more = torch.where(same, grad[:, step:], 0.0)
+        grad = torch.cat([grad[:, :-step] + more, grad[:, -step:]], 1)
         step *= 2
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]

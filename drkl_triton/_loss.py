@@ -213,7 +213,8 @@ class Loss(NamedTuple):
         f, row = facts.facts(*rows[:3], self.needs)
         slopes, _ = facts.objective(f, row, rows[3], self.program.terms, self.program.phis)
         moved = (slopes.qp - slopes.entropy) * q - slopes.pq * p
-        level = facts.times(slopes.qp, f.qp + 1 - q) + facts.times(slopes.entropy, f.entropy - 1 + q)
+        level = facts.times(slopes.qp, f.qp + 1 - q)
+        level += facts.times(slopes.entropy, f.entropy - 1 + q)
         at_outside = q * (facts.on_rest(slopes, torch.exp(f.log_rest)) - slopes.pq * p - level)
         if factor is not None:
             upstream = upstream / factor

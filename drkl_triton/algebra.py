@@ -63,8 +63,8 @@ def formula_arguments(sums, label, inv_temperature, parameters):
 
 
 def with_outside(sums: Tensor, x: Tensor, z: Tensor, inv_temperature: Tensor) -> Tensor:
-    """The sums [16, N] with one more column, of logits x, z [N], in the normalisers alone: its terms
-    are what makes nothing of them in the divergences.
+    """The sums [16, N] with one more column, of logits x, z [N], in the normalisers alone: its
+    terms are what makes nothing of them in the divergences.
     """
     top_s, top_t = torch.maximum(sums[AT.m_s], x), torch.maximum(sums[AT.m_t], z)
     d_s, a, h, d_t, b, g, c = moved(sums, top_s, top_t, inv_temperature)

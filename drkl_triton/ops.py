@@ -179,8 +179,8 @@ def _parts(inputs: type, arguments: tuple):
 
 
 def loss_of(x, filter_value, V, objective, needs, tail, backend):
-    """The loss of either kind of inputs ``x``, or with objective "" its log-probabilities; backend None: it launches nothing. tail: of a sparse
-    teacher, or "".
+    """The loss of either kind of inputs ``x``; with objective "" their log-probabilities. tail: of
+    a sparse teacher, or "". backend None: it launches nothing.
     """
     launchers = None if backend is None else _implementation(backend)
     if not objective:

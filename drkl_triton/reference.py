@@ -481,7 +481,8 @@ def cells(
     whole = torch.logsumexp(log_p, -1)
     whole = torch.where(whole > -torch.finfo(stored).eps, -torch.finfo(stored).eps, whole)
     rest = torch.where(there.sum(-1) == s.shape[-1], -INF, torch.log(-torch.expm1(whole)))
-    return *(torch.cat(x, -1) for x in ((at_ids, log_rest[..., None]), (log_p, rest[..., None]))), place
+    log_q = torch.cat([at_ids, log_rest[..., None]], -1)
+    return log_q, torch.cat([log_p, rest[..., None]], -1), place
 
 
 def _of_sparse(

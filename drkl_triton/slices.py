@@ -25,9 +25,8 @@ from torch import Tensor
 from . import tiled
 from ._cells import Cells
 from ._layout import rows_in_place, rows_of
-from .facts import IGNORED
-
 from ._loss import Loss
+from .facts import IGNORED
 
 if TYPE_CHECKING:
     from ._cells import CellLoss
@@ -305,10 +304,10 @@ def walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(sums [16, N], d hidden [N, H], d weight [V, H], d bias [V]), in the accumulator's dtype.
 
-    teacher: its head, its logits [..., V], its cells, or None. label int64 [N]; parameters of the objective
-    [P, N] or [P, 1]. upstream [N]: the gradient of each
-    row's loss; None: no gradient is wanted. sums: those of an earlier call, or None. may_skip:
-    whether rows may be ignored, so that it must be looked which are.
+    teacher: its head, its logits [..., V], its cells, or None. label int64 [N]; parameters of the
+    objective [P, N] or [P, 1]. upstream [N]: the gradient of each row's loss; None: no gradient is
+    wanted. sums: those of an earlier call, or None. may_skip: whether rows may be ignored, so that
+    it must be looked which are.
     """
     acc, device, V = loss.inv_temperature.dtype, label.device, loss.V
     rows = _Rows(label, may_skip, None if sums is None else upstream)

@@ -15,8 +15,6 @@ from . import _checks, _reduction, ops
 from .graph import LinearCall, LinearLogProbsFunction, LogProbsFunction
 
 if TYPE_CHECKING:
-    from typing import Literal
-
     from ._objective import Objective
     from ._options import Rows
 
@@ -37,8 +35,10 @@ class SparseTeacher:
     passed as ``teacher_logits`` to the losses from hidden states.
 
     The vocabulary is cut into cells: one for each of the K columns, and with ``tail="bucket"`` one
-    for all others together. A loss is that of the two distributions over the cells, and so a lower
-    bound of the one over the vocabulary.
+    for all others together. A loss is that of the two distributions over the cells, and so, for the
+    KL divergences, a lower bound of the one over the vocabulary; metrics are of the cells, too. The
+    terms of an objective that need no teacher (cross-entropy, z-loss, entropy) are of the whole
+    vocabulary, and take another scan of the logits.
 
     Args:
         ids: ``[..., K]`` int32 or int64, columns of the student's logits, in any order. -1 is no
@@ -55,18 +55,19 @@ class SparseTeacher:
               may drift to any column, at no cost, and q_T may grow.
             - ``"drop"``: the K columns' terms of the sum are taken, at their probabilities in the
               whole vocabulary, and those of the rest are left out: ``sum_K p log(p / q)``. That is
-              no divergence: it may be negative, and reverse KL then falls when the student moves its
+              no divergence: it may be negative, and reverse KL falls when the student moves its
               mass off the K columns. For forward KL from samples, whose frequencies sum to 1, it is
-              exact.
+              exact. Objectives with DRKL or DKD leave it out of their non-target parts.
             - ``"uniform"``: spread evenly over all other columns. Slower: the teacher's logits are
               written out, a slice of the rows at a time.
         normalised: whether ``log_probs`` are log-probabilities of the whole vocabulary at
             temperature 1. False: logits, known up to a number a row, as they are after a
             renormalisation over K; the tail's mass is then known through ``log_z`` alone, and
             without it ``tail`` must be ``"renormalise"``.
-        log_z: the teacher's log-partition, which says what its K columns are at another temperature.
-            With ``normalised`` ``[..., 2]``: the logsumexp of its logits at temperature 1, and of
-            its logits over the loss's temperature. Without, ``[...]``: the latter.
+        log_z: the teacher's log-partition, which says what its K columns are at another
+            temperature. With ``normalised`` ``[..., 2]``: the logsumexp of its logits at
+            temperature 1, and of its logits over the loss's temperature. Without, ``[...]``: the
+            latter.
         label_log_probs: ``[...]``: the teacher's log-probability of the label, which gives the
             label a cell of its own where it is not among the ids. Losses that need a label (DRKL,
             DKD) need its cell; a label outside of the cells is an error on the CPU, NaN on a GPU.
@@ -187,7 +188,10 @@ def linear_log_probs_at(
         acc = acc if x is None else torch.promote_types(acc, x.dtype)
     V, device = weight.shape[0], hidden.device
     columns, codes = ops.distinct(ids, V)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    wanted = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (hidden, weight, bias)
+    ]
     call = LinearCall(
         student_dtype=dtype, teacher_dtype=None, V=V, objective="", needs=0, wanted=tuple(wanted),
         may_skip=True, chunk_bytes=chunk_bytes, tail="", backend=backend, metrics=False,
@@ -265,9 +269,7 @@ def teacher_topk(
         log_z = [top - log_probs[..., :1], top / temperature - at(temperature)[..., :1]]
         log_z = torch.cat(log_z, -1)
     at_label = None if labels is None else log_probs[..., k]
-    return SparseTeacher(
-        ids, log_probs[..., :k], tail=tail, log_z=log_z, label_log_probs=at_label
-    )
+    return SparseTeacher(ids, log_probs[..., :k], tail=tail, log_z=log_z, label_log_probs=at_label)
 
 
 def union_ids(student_logits: Tensor, teacher: Tensor | SparseTeacher, k: int) -> Tensor:
@@ -277,9 +279,9 @@ def union_ids(student_logits: Tensor, teacher: Tensor | SparseTeacher, k: int) -
 
     Args:
         student_logits: ``[..., V]``.
-        teacher: logits ``[..., V]``, or a SparseTeacher of at least k entries, whose ids count. What
-            is then missing are its log-probabilities of the student's columns: ask the server for
-            those ids.
+        teacher: logits ``[..., V]``, or a SparseTeacher of at least k entries, whose ids count.
+            What is then missing are its log-probabilities of the student's columns: ask the server
+            for those ids.
     """
     _checks.logits("student_logits", student_logits)
     _checks.integer("k", k, "20")
@@ -300,7 +302,8 @@ def sampled_teacher(ids: Tensor) -> SparseTeacher:
     weight 1 / S, in place of its log-probabilities (random sampling KD, arXiv 2503.16870).
 
     With forward KL the gradient is that of the whole teacher in expectation; its variance goes with
-    1 / S. The value is not: it lacks p's entropy. Other divergences of samples have no such meaning.
+    1 / S. The value is not: it lacks p's entropy. Other divergences of samples have no such
+    meaning.
     """
     _checks.token_ids("ids", ids)
     ids, _ = ids.long().sort(dim=-1)

@@ -32,8 +32,8 @@ from .row_walk import (
 
 @triton.jit
 def without(x, cols, ids, i, column, stop):
-    """x with -inf at those columns below ``stop`` from the i-th on, which is ``column``; and the next.
-    ids: (pointer, how many, V).
+    """x with -inf at the columns below ``stop``, from the i-th on, which is ``column``; and the
+    next. ids: (pointer, how many, V).
     """
     while column < stop:
         x = tl.where(cols == column, float("-inf"), x)

@@ -50,7 +50,7 @@ if settings is not None:
     # Of each property in test_properties.py; `make fuzz` takes the second. In `make test` no time
     # goes into making a failing example small: the same seed makes it again.
     quick = (Phase.explicit, Phase.reuse, Phase.generate)
-    settings.register_profile("test", max_examples=25, deadline=None, phases=quick)
+    settings.register_profile("test", max_examples=15, deadline=None, phases=quick)
     settings.register_profile("fuzz", max_examples=300, deadline=None)
     settings.load_profile("test")
 

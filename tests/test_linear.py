@@ -12,6 +12,7 @@ import drkl_triton
 from drkl_triton import (
     _loss,
     _reduction,
+    algebra,
     drkl,
     facts,
     linear_drkl,
@@ -20,7 +21,6 @@ from drkl_triton import (
     slices,
     tiled,
 )
-from drkl_triton import algebra
 from drkl_triton._layout import rows_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

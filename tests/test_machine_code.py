@@ -289,7 +289,7 @@ def test_a_part_does_not_replace_the_table(part, monkeypatch):
 
 
 FULL = "--vocab 128256 --dtype bfloat16 float32".split()
-HALF = "--vocab 128256 --dtype bfloat16".split()
+HALF = "--vocab 128256 --dtype bfloat16 --case plain mixed".split()
 SHORT = "--vocab 50257 --dtype float32 --case plain splits".split()
 OTHER = "--vocab 50257 --dtype float32".split()  # the other cases have the 16-bit types
 GRID = {"sm_90": FULL, "sm_100": HALF, "sm_80": SHORT, "sm_120": SHORT, "gfx942": OTHER}

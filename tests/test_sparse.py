@@ -25,8 +25,8 @@ ALONE = [n for n in NAMES if any(not f.needs & 1 for f, *_ in LOSSES[n].objectiv
 
 
 def rows(V, dtype=torch.float32):
-    """(student, teacher, labels) [N, V] of every kind: flat, ordinary, peaked, high, low, sure of the
-    label, sure against it, equal to the teacher, masked, all but one column masked.
+    """(student, teacher, labels) [N, V] of every kind: flat, ordinary, peaked, high, low, sure of
+    the label, sure against it, equal to the teacher, masked, all but one column masked.
     """
     N = 11
     s, t = torch.randn(N, V) * 2, torch.randn(N, V) * 2
@@ -238,7 +238,9 @@ def test_metrics_are_of_the_cells():
     student, teacher, labels = rows(200)
     given = sparse(teacher, 10, labels)
     y = torch.where(labels == -100, -1, labels)
-    s, t, place = reference.cells(torch.where(labels[:, None] == -100, 0, student).double(), given, y)
+    s, t, place = reference.cells(
+        torch.where(labels[:, None] == -100, 0, student).double(), given, y
+    )
     place = torch.where(labels == -100, -100, place)
     _, ours = drkl_triton.drkl(student, given, labels, return_metrics=True)
     _, truth = reference.drkl(s, t, place, return_metrics=True)
@@ -300,7 +302,9 @@ def test_pads_duplicates_and_order_do_not_count():
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "js_divergence"])
 def test_a_row_without_an_entry_has_loss_0(name):
     student = torch.randn(2, 30)
-    teacher = SparseTeacher(torch.tensor([[-1, -1], [3, 4]]), torch.tensor([[0.0, 0.0], [-1.0, -2.0]]))
+    teacher = SparseTeacher(
+        torch.tensor([[-1, -1], [3, 4]]), torch.tensor([[0.0, 0.0], [-1.0, -2.0]])
+    )
     loss, grad = loss_of(student, teacher, name=name)
     assert loss[0].abs() < 1e-6 and grad[0].abs().max() < 1e-6
     assert loss[1] > 0
@@ -417,7 +421,9 @@ def test_what_does_not_fit_the_student():
         drkl_triton.reverse_kl(student[None], teacher)
     with pytest.raises(ValueError, match="requires grad"):
         SparseTeacher(teacher.ids, teacher.log_probs.clone().requires_grad_())
-    drkl_triton.drkl(student, one([4, 9], [-1.0, -2.0], label_log_probs=torch.tensor([-3.0])), label)
+    drkl_triton.drkl(
+        student, one([4, 9], [-1.0, -2.0], label_log_probs=torch.tensor([-3.0])), label
+    )
     renormalised = one([4, 9], [-1.0, -2.0], tail="renormalise")
     drkl_triton.reverse_kl(student, renormalised, temperature=2.0)
 
@@ -465,7 +471,11 @@ def test_log_probs_at(dtype, K, backend, wide_tiles):
     at = dict(temperature=2.0)
     truth = probabilities(reference.log_probs_at, logits.double(), ids, upstream, **at)
     base = probabilities(
-        reference.log_probs_at, logits.to(torch.promote_types(dtype, torch.float32)), ids, upstream, **at
+        reference.log_probs_at,
+        logits.to(torch.promote_types(dtype, torch.float32)),
+        ids,
+        upstream,
+        **at,
     )
     ours = probabilities(log_probs_at, logits, ids, upstream, backend=backend, **at)
     eps, out = torch.finfo(ours[0].dtype).eps, torch.finfo(dtype)
@@ -558,7 +568,9 @@ def test_forward_keeps_little():
 
 def test_ids_and_second_derivatives_are_checked():
     logits = torch.randn(3, 20, requires_grad=True)
-    with pytest.raises(ValueError, match=r"ids must be \[..., K\] with the leading shape of logits"):
+    with pytest.raises(
+        ValueError, match=r"ids must be \[..., K\] with the leading shape of logits"
+    ):
         log_probs_at(logits, torch.tensor([1, 2, 3])[None])
     with pytest.raises(ValueError, match=r"got 20 at \[0, 0\]"):
         log_probs_at(logits, torch.tensor([[20], [1], [2]]))
@@ -614,12 +626,18 @@ def test_teacher_topk():
     labels[0, 0] = -100
     given = drkl_triton.teacher_topk(teacher.bfloat16(), 9, labels=labels, temperature=2.0)
     truth = teacher.bfloat16().double().log_softmax(-1)
-    torch.testing.assert_close(given.log_probs.double(), truth.gather(-1, given.ids), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        given.log_probs.double(), truth.gather(-1, given.ids), rtol=0, atol=2e-6
+    )
     assert given.label_log_probs[0, 0] == -INF
     at_label = truth.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     there = labels >= 0
-    torch.testing.assert_close(given.label_log_probs.double()[there], at_label[there], rtol=0, atol=3e-6)
-    cold = SparseTeacher(given.ids, (teacher.bfloat16().double() / 2).log_softmax(-1).gather(-1, given.ids))
+    torch.testing.assert_close(
+        given.label_log_probs.double()[there], at_label[there], rtol=0, atol=3e-6
+    )
+    cold = SparseTeacher(
+        given.ids, (teacher.bfloat16().double() / 2).log_softmax(-1).gather(-1, given.ids)
+    )
     right = drkl_triton.reverse_kl(student.double() / 2, cold, labels, reduction="none")
     whole = SparseTeacher(given.ids, given.log_probs, log_z=given.log_z)
     ours = drkl_triton.reverse_kl(student, whole, labels, temperature=2.0, reduction="none")
@@ -638,6 +656,7 @@ def test_union_ids():
 
 def test_sampled_teacher_counts():
     given = drkl_triton.sampled_teacher(torch.tensor([[7, 3, 7, -1, 9, 7], [-1] * 6]))
-    found = {i: p for i, p in zip(given.ids[0].tolist(), given.log_probs[0].exp().tolist()) if i >= 0}
+    pairs = torch.stack([given.ids[0].double(), given.log_probs[0].double().exp()], 1).tolist()
+    found = {i: p for i, p in pairs if i >= 0}
     assert found == pytest.approx({3: 0.2, 7: 0.6, 9: 0.2})
     assert (given.ids[1] == -1).all() and given.tail == "drop"
