@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 SCRATCH = 3 << 20
 # Tiles that pointwise terms are computed in; more are allocated where they need them.
 PHI_BUFFERS = 9
+# A scan with one of them is faster in tiles as small as with three: it reads its own six times.
+TAIL_BUFFERS = 3
+# Elements that one thread takes in one chunk: handing them out would take longer.
+SMALL = 1 << 16
 # Chunks of rows a thread gets at least, where there are enough rows: so that none waits long for
 # the last.
 CHUNKS = 4
@@ -155,9 +159,9 @@ def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skip
     in several threads. A scratch has ``buffers`` tiles.
     """
     device = operands[0].tensor.device
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = torch.get_num_threads() if device.type == "cpu" and N * V > SMALL else 1
     elements = max(1, SCRATCH // (buffers * threads))
-    height = max(1, min(elements // max(1, V), -(-N // (CHUNKS * threads))))
+    height = max(1, min(elements // max(1, V), -(-N // (CHUNKS * threads if threads > 1 else 1))))
     chunks = list(_chunks(N, height, operands, skipped))
     threads = min(threads, len(chunks))
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
@@ -577,13 +581,16 @@ def row_tail(
     N, acc = label.numel(), inv_temperature.dtype
     tail = torch.zeros(2, N, dtype=acc, device=label.device)
     scale, floor = inv_temperature * LOG2E, torch.finfo(acc).min
+    places = {}  # of all rows, by span: for a few rows it takes as long
 
     def work(rows, scratch):
-        left_out = columns[rows].long()
-        m, d = None, None
+        m = None
         for c, e in scratch.spans:
-            (x,) = scratch.tiles(len(left_out), e - c)
-            _leave_out_all(x.copy_(_tile(student, rows, c, e)), left_out - c)
+            if (c, e) not in places:
+                places[c, e] = _places(columns.long() - c, e - c)
+            index, none = (y[rows] for y in places[c, e])
+            x = scratch.tiles(len(index), e - c)[0].copy_(_tile(student, rows, c, e))
+            x.scatter_(1, index, torch.where(none, x[:, :1], -INF).expand(index.shape))
             top = x.amax(1).clamp_min_(floor)
             top = top if m is None else torch.maximum(top, m)
             mass = x.sub_(top[:, None]).mul_(scale).exp2_().sum(1)
@@ -593,19 +600,19 @@ def row_tail(
         tail[0, rows], tail[1, rows] = m, d
 
     unread = (label == IGNORED) | (label == INVALID)
-    _spread((student,), N, V, acc, work, 1, skipped=unread if label.device.type == "cpu" else None)
+    skipped = unread if label.device.type == "cpu" else None
+    _spread((student,), N, V, acc, work, TAIL_BUFFERS, skipped=skipped)
     return tail
 
 
-def _leave_out_all(x: Tensor, columns: Tensor) -> None:
-    """x [rows, columns of the tile] with -inf at the columns [rows, K], ascending, counted from its
-    first; those outside of it go where the first inside is, or write what is there.
+def _places(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(index [N, K], none [N, 1]) of columns counted from a tile's first: those outside of it are
+    where the first inside is, or, in a row without one, at 0.
     """
-    inside = (columns >= 0) & (columns < x.shape[1])
-    first = torch.where(inside, columns, x.shape[1]).amin(1, keepdim=True)
-    none = first == x.shape[1]
-    index = torch.where(inside, columns, torch.where(none, 0, first))
-    x.scatter_(1, index, torch.where(none, x[:, :1], -INF).expand(index.shape))
+    inside = (columns >= 0) & (columns < width)
+    first = torch.where(inside, columns, width).amin(1, keepdim=True)
+    none = first == width
+    return torch.where(inside, columns, torch.where(none, 0, first)), none
 
 
 def row_sum_parts(*args, **flags) -> Tensor:
