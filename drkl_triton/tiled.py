@@ -159,9 +159,10 @@ def _spread(operands, N: int, V: int, acc: torch.dtype, work, buffers: int, skip
     in several threads. A scratch has ``buffers`` tiles.
     """
     device = operands[0].tensor.device
-    threads = torch.get_num_threads() if device.type == "cpu" and N * V > SMALL else 1
+    small = N * V <= SMALL
+    threads = torch.get_num_threads() if device.type == "cpu" and not small else 1
     elements = max(1, SCRATCH // (buffers * threads))
-    height = max(1, min(elements // max(1, V), -(-N // (CHUNKS * threads if threads > 1 else 1))))
+    height = max(1, min(elements // max(1, V), -(-N // (1 if small else CHUNKS * threads))))
     chunks = list(_chunks(N, height, operands, skipped))
     threads = min(threads, len(chunks))
     todo = iter(chunks)  # threads may share it: next() on it holds the interpreter's lock
@@ -584,7 +585,7 @@ def row_tail(
     places = {}  # of all rows, by span: for a few rows it takes as long
 
     def work(rows, scratch):
-        m = None
+        m = d = None
         for c, e in scratch.spans:
             if (c, e) not in places:
                 places[c, e] = _places(columns.long() - c, e - c)

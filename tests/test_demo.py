@@ -491,6 +491,27 @@ def test_whole_run(tmp_path, capsys):
     assert [path.stat().st_mtime_ns for path in sorted((out / "cache").iterdir())] == times
 
 
+def test_run_with_a_few_log_probabilities(tmp_path, capsys):
+    """All columns are the whole teacher; a few are another run, from the same cache."""
+    losses, files = {}, {}
+    for topk in ("0", "300", "5"):
+        names = ["--objectives", "fkl", "rkl", "drkl:0.5", "jsd"]
+        options = ["--teacher-topk", topk, "--out", str(tmp_path)]
+        assert run.main([*TINY, *names, *options]) == 0
+        printed = capsys.readouterr().err
+        assert ("log-probabilities a token" in printed) == (topk != "0")
+        results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+        found = results["students"]["objectives"]
+        losses[topk] = [found[name]["history"][0]["loss"] for name in names[1:]]
+        files[topk] = len(list((tmp_path / "cache").iterdir()))
+    for whole, known, few in zip(*losses.values(), strict=True):
+        assert known == pytest.approx(whole, rel=2e-3, abs=1e-6)
+        assert few[0] < 0.9 * whole[0]  # of the cells, no more than of all columns
+    assert files["0"] + 2 == files["300"] == files["5"] - 2
+    for options in (["--teacher-topk", "301"], ["--teacher-topk", "5", "--linear"]):
+        assert run.main([*TINY, *options, "--out", str(tmp_path)]) != 0
+
+
 def test_linear_run(tmp_path, capsys):
     results, files = {}, {}
     for way in ((), ("--linear", "--chunk-mb", "0.02")):

@@ -71,6 +71,14 @@ def parse(description, argv=None):
         help="rkl and drkl from the last hidden states, without the logits (fkl and ce have no "
         "such form and stay on logits); measures the memory that saves",
     )
+    add(
+        "--teacher-topk",
+        type=int,
+        default=0,
+        metavar="K",
+        help="of the teacher's logits the students see the K largest log-probabilities and the "
+        "label's, with the rest as one cell (all)",
+    )
     add("--temperature", type=float, default=1.0, help="of the distillation losses (%(default)s)")
     add("--teacher-lr", type=float, default=1e-3, help="(%(default)s)")
     add("--student-lr", type=float, default=2e-3, help="the same for every objective (%(default)s)")
@@ -117,6 +125,12 @@ def check(args):
         raise InputError(f"--objectives names one twice: {' '.join(args.objectives)}")
     for name in args.objectives:
         make_objective(name)
+    if not 0 <= args.teacher_topk <= args.vocab:
+        raise InputError(
+            f"--teacher-topk must be from 0 (all) to --vocab, {args.vocab}, got {args.teacher_topk}"
+        )
+    if args.linear and args.teacher_topk:
+        raise InputError("--teacher-topk takes the teacher's logits; drop it or --linear")
     if args.linear and not any(map(make_linear_objective, args.objectives)):
         raise InputError(
             f"--linear is for objectives with a teacher, got {' '.join(args.objectives)}; add one "

@@ -4,6 +4,7 @@ python examples/distill/run.py                 # about ten minutes on two CPU co
 python examples/distill/run.py --seeds 3       # with intervals
 python examples/distill/run.py --quick         # seconds, to see that it works
 python examples/distill/run.py --device cuda   # with the Triton kernels
+python examples/distill/run.py --teacher-topk 20     # from 20 log-probabilities a token
 python examples/distill/run.py --linear        # rkl and drkl from hidden states, without the logits
 """
 
@@ -77,6 +78,8 @@ class Demo:
         say(f"[2/4] teacher: {args.teacher_steps} steps")
         self.train_teacher()
         say(f"[3/4] students: {args.student_steps} steps, {args.seeds} seed(s), all side by side")
+        if args.teacher_topk:
+            say(f"  they see {args.teacher_topk} log-probabilities a token, and the label's")
         teacher = {"teacher": self.teacher}
         teacher_measured = self.measure_finally(teacher, args.seed, self.teacher_key)["teacher"]
         seeds = [args.seed + i for i in range(args.seeds)]
@@ -227,13 +230,16 @@ class Demo:
         config = [asdict(initial.config), asdict(self.train_config("student"))]
         where = [self.teacher_key, self.package, start]
         linear = [args.chunk_mb] if args.linear else []
-        key = [where, config, args.objectives, args.temperature, seed, *linear]
+        sparse = [f"top {args.teacher_topk}"] if args.teacher_topk else []
+        key = [where, config, args.objectives, args.temperature, seed, *linear, *sparse]
         history, seconds = self.train(
             learners,
             "student",
             salt=f"students/{seed}",
             path=checkpoint_path(self.cache, "students", key),
             teacher=self.teacher,
+            topk=args.teacher_topk,
+            temperature=args.temperature,
             desc=f"{len(learners)} students, seed {seed}",
         )
         self.seconds["students"] += seconds

@@ -19,13 +19,19 @@ from data import InputError, training_batch
 from model import Head
 from progress import progress
 
-from drkl_triton import divergence, linear_divergence, objectives
+from drkl_triton import (
+    SparseTeacher,
+    divergence,
+    linear_divergence,
+    objectives,
+    teacher_topk,
+)
 
 CLIP_NORM = 1.0
 
 
-# An objective: f(student_logits [B, T, V], teacher_logits [B, T, V], tokens [B, T]) -> scalar,
-# the mean over the B (T - 1) predicted tokens.
+# An objective: f(student_logits [B, T, V], teacher_logits [B, T, V] or a SparseTeacher, tokens
+# [B, T]) -> scalar, the mean over the B (T - 1) predicted tokens.
 
 
 def cross_entropy(student_logits, _teacher_logits, tokens):
@@ -106,7 +112,7 @@ class Learner:
 
 class TeacherOutput(NamedTuple):
     head: Head | None = None
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor | SparseTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,18 @@ def make_optimizer(model, config):
 
 
 @torch.no_grad()
-def ask_teacher(teacher, tokens, learners, device, dtype):
-    """What these learners' objectives read of the teacher: it runs once for all."""
+def ask_teacher(teacher, tokens, learners, device, dtype, topk=0, temperature=1.0):
+    """What these learners' objectives read of the teacher: it runs once for all. topk: of its
+    logits so many log-probabilities alone, and the next token's.
+    """
     with autocast(device, dtype):
         head = teacher.head(tokens)
         wanted = not all(learner.from_hidden for learner in learners)
-        return TeacherOutput(head, head.logits() if wanted else None)
+        logits = head.logits() if wanted else None
+    if logits is not None and topk:
+        following = torch.roll(tokens, -1, -1)
+        logits = teacher_topk(logits, topk, labels=following, temperature=temperature)
+    return TeacherOutput(head, logits)
 
 
 def loss_of(learner, taught, tokens, device, dtype):
@@ -197,8 +209,9 @@ def descend(loss, model, optimizer, lr):
 
 
 def train(
-    learners, tokens, config, *, salt, device, dtype, path, evaluate, teacher=None, desc="training"
-):
+    learners, tokens, config, *, salt, device, dtype, path, evaluate, teacher=None, topk=0,
+    temperature=1.0, desc="training",
+):  # fmt: skip
     """Train every learner on the same batches, in place; return (history, seconds).
 
     learners {name: Learner}; evaluate() -> {name: {metric: number}}. The state goes to path at
@@ -257,7 +270,8 @@ def train(
             batch = training_batch(tokens, config.batch, config.context, salt, step).to(device)
             taught = TeacherOutput()
             if teacher is not None:
-                taught = ask_teacher(teacher, batch, learners.values(), device, dtype)
+                asked = teacher, batch, learners.values(), device, dtype
+                taught = ask_teacher(*asked, topk, temperature)
             for name, learner in learners.items():
                 loss = loss_of(learner, taught, batch, device, dtype)
                 norm = descend(loss, learner.model, optimizers[name], config.lr_at(step))
