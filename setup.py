@@ -58,9 +58,11 @@ setup(
             "hypothesis",
             "build",
             "setuptools>=77",
+            "safetensors",
             'trl>=1.16; python_version >= "3.11"',
             'kernels>=0.17; python_version >= "3.11"',
         ],
+        "cache": ["safetensors", "tqdm"],  # for drkl_triton.teacher_cache
         "bench": ["matplotlib", "tqdm"],
         "examples": ["tokenizers", "matplotlib", "tqdm"],
         "dev": ["ruff", "pre-commit", "build"],

@@ -28,9 +28,10 @@ def code_of(page):
 class Model(torch.nn.Module):
     """As much of a Hugging Face model as a training step needs."""
 
-    def __init__(self):
+    def __init__(self, vocabulary=V):
         super().__init__()
-        self.embed, self.head = torch.nn.Embedding(V, 8), torch.nn.Linear(8, V)
+        self.embed = torch.nn.Embedding(vocabulary, 8)
+        self.head = torch.nn.Linear(8, vocabulary)
 
     def forward(self, input_ids):
         self.logits = self.head(self.embed(input_ids))
@@ -86,6 +87,30 @@ def test_the_page_on_divergences(tmp_path):
     assert module.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     module.loss.backward()
     assert student.grad.isfinite().all()
+
+
+def test_the_page_on_sparse_teachers(tmp_path, monkeypatch):
+    """With a recorded response, and a cache that is there again the second time."""
+    first, cache = code_of((ROOT / "docs" / "sparse-teachers.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    sample = ROOT / "tests" / "data" / "vllm_prompt_logprobs.json"
+    (tmp_path / "response.json").write_text(sample.read_text(encoding="utf-8"))
+    student, teacher = Model(10000), Model()
+    names = dict(student=student)
+    exec(first, names)
+    assert names["logits"].shape == (1, 5, 10000) and names["loss"] > 0
+    assert student.head.weight.grad.abs().sum() > 0
+    corpus = {f"text {i}": torch.randint(V, (1, 5 + i)) for i in range(3)}
+    names = dict(torch=torch, corpus=corpus, teacher_model=teacher, tokenizer="a hash")
+    for _ in range(2):
+        exec(cache, names)
+        batch = names["teacher"]
+        assert batch.ids.shape == (2, 6, 20) and len(names["cache"]) == 3
+    logits = torch.randn(2, 6, V)
+    labels = torch.full((2, 6), -100)
+    for row, ids in zip(labels, list(corpus.values())[:2], strict=True):
+        row[: ids.shape[1]] = ids[0]
+    assert drkl_triton.drkl(logits, batch, labels, shift=True) > 0
 
 
 def test_every_public_name_is_documented():
