@@ -11,6 +11,7 @@ from . import _checks, _reduction, facts, ops
 
 if TYPE_CHECKING:
     from ._objective import Objective
+    from .sparse import SparseTeacher
 
 
 class Options(NamedTuple):
@@ -55,7 +56,7 @@ class LinearOptions(NamedTuple):
     teacher_bias: Tensor | None = None
     teacher_scale: float = 1.0
     teacher_softcap: float | None = None
-    teacher_logits: Tensor | None = None
+    teacher_logits: Tensor | SparseTeacher | None = None
     chunk_bytes: int | None = None
     recompute: bool = False
 
@@ -145,7 +146,7 @@ class Keywords(TypedDict, total=False):
 class LinearKeywords(Keywords, total=False):
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
-    teacher_logits: Tensor | None
+    teacher_logits: Tensor | SparseTeacher | None
     student_bias: Tensor | None
     teacher_bias: Tensor | None
     student_softcap: float | None

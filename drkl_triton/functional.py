@@ -98,7 +98,7 @@ class LossFunction(Protocol):
     def __call__(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | SparseTeacher,
         labels: Tensor | None = None,
         *,
         return_metrics: Literal[False] = False,
@@ -108,7 +108,7 @@ class LossFunction(Protocol):
     def __call__(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | SparseTeacher,
         labels: Tensor | None = None,
         *,
         return_metrics: Literal[True],
@@ -120,7 +120,7 @@ class LossFunction(Protocol):
 def divergence(
     objective: Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | SparseTeacher | None = None,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
@@ -130,7 +130,7 @@ def divergence(
 def divergence(
     objective: Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | SparseTeacher | None = None,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
@@ -139,7 +139,7 @@ def divergence(
 def divergence(
     objective: Objective,
     student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | SparseTeacher | None = None,
     labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, RowMetrics]:
@@ -237,7 +237,8 @@ def reverse_kl() -> Objective:
         student_logits, teacher_logits: ``[..., V]``, float16, bfloat16, float32 or float64, same
             leading shape and device; the dtypes may differ. Leading strides that reduce to two
             (slices and transposes of ``[B, T, V]``, expanded teachers) are read in place; a strided
-            last dimension, or more leading strides, are copied.
+            last dimension, or more leading strides, are copied. The teacher may be a
+            :class:`SparseTeacher`, too, of which K log-probabilities are known.
         labels: ``[...]`` int64 or int32. Rows at ``ignore_index`` are not read: loss, gradient and
             metrics 0. The other labels do not change the loss; they fill the target fields of the
             metrics and let the arithmetic run in log-odds, which keeps its precision where the

@@ -187,7 +187,8 @@ def linear_reverse_kl() -> Objective:
             and, where backward computes the logits again, once there.
         teacher_hidden, teacher_weight: ``[..., H']``, ``[V', H']``; H' may differ from H. No
             gradient: tensors that require grad must be detached.
-        teacher_logits: ``[..., V']``, in place of the two, where the teacher's logits exist. Read
+        teacher_logits: ``[..., V']``, in place of the two, where the teacher's logits exist, or a
+            :class:`drkl_triton.SparseTeacher` ``[..., K]``. Logits are read
             in place if all rows count (under ``shift`` the last never does) and lie evenly, else
             copied a slice at a time.
         student_bias, teacher_bias: ``[V]``, ``[V']``.

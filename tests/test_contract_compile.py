@@ -11,10 +11,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from drkl_triton import (
     DRKLLoss,
     ReverseKLLoss,
+    SparseTeacher,
+    divergence,
     drkl,
     linear_drkl,
+    linear_log_probs_at,
     linear_reverse_kl,
+    log_probs_at,
     log_softmax,
+    objectives,
     reverse_kl,
     softmax,
 )
@@ -359,6 +364,19 @@ def recorded(backend, dtype=torch.float32):
             ).backward()
         linear_reverse_kl(head, matrix, teacher_logits=s.detach()[..., :V].transpose(0, 1),
                           backend=backend, student_softcap=3.0).backward()  # fmt: skip
+        ids = y.T.long()[..., None] - torch.arange(3)
+        known = SparseTeacher(ids.clamp_min(-1), torch.full(ids.shape, -2.0))
+        s_rows = s.transpose(0, 1)
+        options = dict(backend=backend)
+        drkl(s_rows, known, y.T, return_metrics=True, **options)[0].backward()
+        for tail in ("drop", "uniform"):
+            few = SparseTeacher(known.ids, known.log_probs, tail=tail)
+            reverse_kl(s_rows, few, y.T, **options).backward()
+        mixed = objectives.forward_kl() + objectives.cross_entropy()
+        divergence(mixed, s_rows, known, y.T, backend=backend).backward()
+        linear_reverse_kl(head, matrix, teacher_logits=known, backend=backend).backward()
+        log_probs_at(s_rows, known.ids, backend=backend)[1].sum().backward()
+        linear_log_probs_at(head, matrix, known.ids, backend=backend)[1].sum().backward()
     return calls
 
 
@@ -367,7 +385,8 @@ def test_ops_pass_opcheck(backend):
     calls = recorded(backend)
     names = {function._schema.name.split("::")[1] for function, _, _ in calls}
     logits = {"row_labels", "divergence", "divergence_backward", "softmax", "softmax_backward"}
-    assert names == logits | {"linear", "scaled"}
+    sparse = {"cells", "distinct", "log_probs_at", "log_probs_at_backward"}
+    assert names == logits | sparse | {"linear", "scaled"}
     for function, args, kwargs in calls:
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
