@@ -13,6 +13,7 @@ from statistics import median
 
 import tables
 import torch
+import torch._dynamo
 from timing import Clock, peak_memory
 from torch.nn.functional import log_softmax
 
@@ -143,6 +144,7 @@ def check(function, op, tensors):
 def measure(op, dtype, V, K, options, names):
     tensors = inputs(V, options.tokens, K, getattr(torch, dtype), options.device)
     student, upstream = tensors[0], torch.ones(options.tokens, device=options.device)
+    torch._dynamo.reset()  # after some shapes compiled code would stay behind
     clock, times, rows = Clock(options.device), {}, {}
     for name in names:
         function, _ = PROVIDERS[name]

@@ -494,13 +494,14 @@ def _of_sparse(
     """
     dtype = torch.promote_types(student.dtype, teacher.log_probs.dtype)
     s, V = student.to(dtype), student.shape[-1]
-    y = torch.full(s.shape[:-1], -1) if labels is None else labels.long()
-    weight = torch.ones(s.shape[:-1], dtype=dtype) if weight is None else weight.to(dtype)
+    y = torch.full(s.shape[:-1], -1, device=s.device) if labels is None else labels.long()
+    weight = torch.ones_like(s[..., 0]).detach() if weight is None else weight.to(dtype)
     ignored = (weight == 0) | (False if labels is None else y == ignore_index)
     terms = objective.terms
     if shift:
         y, ignored, weight = (torch.roll(x, -1, dims=-1) for x in (y, ignored, weight))
-        ignored = ignored | (torch.arange(s.shape[-2]) == s.shape[-2] - 1)
+        last = torch.arange(s.shape[-2], device=s.device) == s.shape[-2] - 1
+        ignored = ignored | last
         terms = [
             (f, [_own(x, s, True) for x in p], None if w is None else _own(w, s, True))
             for f, p, w in terms

@@ -14,6 +14,7 @@ import pytest
 import test_edges
 import test_kernels
 import test_numerics
+import test_sparse
 import torch
 from bounds import excess, run
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,6 +28,7 @@ from drkl_triton import (
     reference,
     reverse_kl,
     softmax,
+    teacher_topk,
 )
 from drkl_triton._layout import rows_of
 from drkl_triton.kernels import tuning
@@ -493,3 +495,26 @@ TestWalkOnTheCard = on_the_card(
     test_kernels.test_views_are_read_in_place,
     test_kernels.test_maxima_may_come_late,
 )
+
+
+@sizes((4096, 128256), (33, 50257), small=(3, 130))
+@bf16_and_fp32
+def test_sparse_teachers(device, N, V, dtype):
+    """Some rows against float64, and the whole batch against them."""
+    needs(device, 40 * N * V)
+    student = (3 * torch.randn(N, V, device=device)).to(dtype)
+    teacher = 3 * torch.randn(N, V, device=device) + student
+    labels = torch.randint(V, (N,), device=device)
+    upstream = torch.rand(N, device=device) + 0.5
+    whole = teacher_topk(teacher, 20, labels=labels, backend="triton")
+    few = slice(0, 8 if device == "cuda" else 2)
+    known = teacher_topk(teacher[few], 20, labels=labels[few], backend="triton")
+    for name in ("drkl", "js_divergence"):
+        given = student[few], known, labels[few], upstream[few]
+        worst = test_sparse.excess(name, *given, backend="triton")
+        assert max(worst) <= 1, (name, worst)
+        arguments = student, whole, labels, upstream
+        loss, grad = test_sparse.run(test_sparse.drkl_triton, name, *arguments, backend="triton")
+        one, other = test_sparse.run(test_sparse.drkl_triton, name, *given, backend="triton")
+        torch.testing.assert_close(loss[few], one, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad[few], other, rtol=2e-2, atol=1e-6)
