@@ -550,7 +550,7 @@ def _spread(log_p: Tensor, teacher: SparseTeacher, y: Tensor, V: int) -> Tensor:
     if teacher.label_log_probs is not None:
         ids = torch.cat([ids, y[..., None]], -1)
     there = log_p[..., :-1] != -INF
-    out = (log_p[..., -1:] - torch.log(V - there.sum(-1, keepdim=True))).repeat(
+    out = (log_p[..., -1:] - torch.log((V - there.sum(-1, keepdim=True)).to(log_p))).repeat(
         *[1] * (log_p.dim() - 1), V
     )
     for k in range(ids.shape[-1]):

@@ -3,6 +3,7 @@ reference.py: losses over cells, and log_probs_at.
 """
 
 import bounds
+import losses
 import pytest
 import torch
 from losses import LOSSES, condition
@@ -10,13 +11,19 @@ from losses import LOSSES, condition
 import drkl_triton
 from drkl_triton import (
     SparseTeacher,
+    _cells,
+    _reduction,
     divergence,
     linear_divergence,
     linear_log_probs_at,
     log_probs_at,
     objectives,
+    ops,
     reference,
+    tiled,
 )
+from drkl_triton._layout import rows_of
+from drkl_triton.facts import plus, scaled
 
 INF, NAN = float("inf"), float("nan")
 TAILS = ("bucket", "renormalise", "drop", "uniform")
@@ -248,6 +255,45 @@ def test_metrics_are_of_the_cells():
         torch.testing.assert_close(x.double(), y.double(), rtol=2e-5, atol=2e-5, msg=name)
     _, without = drkl_triton.drkl(student, given, labels, return_metrics=True, reduction="none")
     torch.testing.assert_close(ours.loss, without.loss)
+
+
+@objectives.separable
+def regularised(facts):
+    """Reverse KL less a third of the entropy, which then is of the cells, too."""
+    return plus(objectives.reverse_kl(facts), scaled(-0.3, objectives.entropy(facts)))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_term_with_everything_in_it(tail, monkeypatch):
+    monkeypatch.setitem(LOSSES, "regularised", losses.Loss(regularised, losses.reverse_kl))
+    student, teacher, labels = (x[:8] for x in rows(60, torch.float64))
+    given, upstream = sparse(teacher, 7, labels, tail), torch.rand(8).double() + 0.5
+    ours = run(drkl_triton, "regularised", student, given, labels, upstream)
+    truth = run(reference, "regularised", student, given, labels, upstream)
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop"])
+def test_a_gradient_in_float16_comes_with_its_factor(tail):
+    """What the losses from hidden states ask for on a GPU (slices.py)."""
+    student, teacher, labels = (x[:8] for x in rows(60))
+    known = sparse(teacher, 5, labels, tail)
+    objective = objectives.drkl(0.5) + 50 * objectives.cross_entropy()
+    columns, log_p, cell_label = ops.cells(
+        known.ids, known.log_probs, known.label_log_probs, None, labels,
+        torch.ones((), dtype=torch.float64), 60, tail, True, torch.float32,
+    )  # fmt: skip
+    one = torch.ones(())
+    parameters = _reduction.parameters(objective.parameters, labels, False, torch.float32)
+    loss = _cells.of(tiled, objective.key, objective.needs, one, 60, tail)
+    cells, up = _cells.Cells(columns, log_p, cell_label), torch.full((8,), 3e4)
+    pair = rows_of(student), cells, labels, parameters
+    sums, factor = loss.sums(*pair), torch.full((8,), NAN)
+    whole = loss.gradient(*pair, sums, up)
+    scaled_down = loss.gradient(*pair, sums, up, factor=factor)
+    assert (factor > 1).any() and scaled_down.abs().max() < 65504
+    torch.testing.assert_close(scaled_down * factor[:, None], whole, rtol=1e-5, atol=1e-3)
 
 
 def test_what_the_modes_do_outside_of_the_columns():
