@@ -154,12 +154,17 @@ def write(
     weights = torch.zeros((len(AT_WEIGHT), len(m)), dtype=m.dtype, device=m.device)
     weights[AT_WEIGHT.m_s] = m
     weights[AT_WEIGHT.shift] = torch.where(zero, INF, 0.0)
-    weights[AT_WEIGHT.w0] = torch.where(on_rest.isnan(), on_rest, facts.divided(on_rest, d))
+    weights[AT_WEIGHT.w0] = _each(on_rest, d)
     no_label = torch.full(m.shape, NO_LABEL, dtype=torch.int64, device=m.device)
     out = launchers.row_grad(
         student, student, no_label, inv_temperature, weights, V, slopes=0, out=out
     )
     return _scatter(out, columns, at_columns.masked_fill(zero[:, None], 0.0), V)
+
+
+def _each(on_rest: Tensor, d: Tensor) -> Tensor:
+    """on_rest / d, 0 where there is no rest, and NaN where it is."""
+    return torch.where(on_rest.isnan(), on_rest, facts.divided(on_rest, d))
 
 
 def _scatter(out: Tensor, columns: Tensor, values: Tensor, V: int) -> Tensor:
@@ -287,7 +292,7 @@ class CellLoss(NamedTuple):
         zero = (label == IGNORED) | (loss == INF) | nothing
         table[AT_WEIGHT.shift] = torch.where(zero, INF, torch.where(shift == INF, 0.0, shift))
         # 2^{scale (s - m) - shift} of the table, where the rest has 2^{scale (s - m_rest)} / d
-        share, lift = facts.divided(on_rest, tail[1]), table[AT_WEIGHT.m_s] - tail[0]
+        share, lift = _each(on_rest, tail[1]), table[AT_WEIGHT.m_s] - tail[0]
         lift = torch.exp(lift * self.inv_temperature + shift * LN2)
         table[AT_WEIGHT.w0] += facts.times(share, lift)
         lift = torch.exp((sums[AT.s_label - SUMS] - tail[0]) * self.inv_temperature)

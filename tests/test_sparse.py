@@ -14,6 +14,7 @@ from drkl_triton import (
     _cells,
     _reduction,
     divergence,
+    facts,
     linear_divergence,
     linear_log_probs_at,
     log_probs_at,
@@ -393,6 +394,25 @@ def test_rows_that_do_not_count_are_not_read(backend):
     assert loss.isnan().tolist() == [i in (5, 6) for i in range(8)]
     assert torch.equal(grad.isnan().all(-1), loss.isnan())
     assert torch.equal(grad.isnan().any(-1), loss.isnan())
+
+
+@pytest.mark.parametrize("with_alone", [False, True])
+def test_a_row_of_an_invalid_label_is_nan_in_every_column(with_alone):
+    """On a GPU, where it is no error."""
+    objective = objectives.drkl() + 0.1 * objectives.entropy() if with_alone else objectives.drkl()
+    student = torch.randn(2, 30)
+    columns = torch.tensor([[4, 9], [4, 9]], dtype=torch.int32)
+    log_p = torch.tensor([[-1.0, -2.0, -0.7], [-1.0, -2.0, -0.7]])
+    cells = _cells.Cells(columns, log_p, torch.tensor([0, facts.INVALID]))
+    parameters = _reduction.parameters(objective.parameters, cells.label, False, torch.float32)
+    loss = _cells.of(tiled, objective.key, objective.needs, torch.ones(()), 30, "bucket")
+    given = rows_of(student), cells, torch.tensor([4, 7]), parameters
+    sums = loss.sums(*given)
+    assert torch.stack(
+        loss.fields(sums, given[2], cells.label, parameters, False)
+    ).isnan().tolist() == [[False, True]]
+    grad = loss.gradient(*given, sums, torch.ones(2))
+    assert grad[0].isfinite().all() and grad[1].isnan().all()
 
 
 def test_an_infinite_term_has_no_gradient():
