@@ -6,6 +6,7 @@ import random
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated
 
 import pytest
+import quick_interpreter
 import torch
 
 from drkl_triton import _checks, kernels, tiled
@@ -15,33 +16,8 @@ try:
 except ImportError:  # a machine with a GPU and nothing else; test_properties.py is skipped
     settings = None
 
-
-def patch_each_module_once():
-    """Triton's interpreter looks through all of triton.language at every call of a device function,
-    for half of its time, although the launch, or an earlier call, has replaced what is in it.
-    """
-    from triton.language.core import is_builtin
-    from triton.runtime import interpreter
-
-    patch, nothing_to_patch = interpreter._patch_lang, interpreter._LangPatchScope
-    modules, seen_by = (interpreter.tl, interpreter.tl.core), {}
-
-    def patch_lang(fn):
-        seen = seen_by.get(id(fn.__globals__))
-        if seen is None:
-            seen = [x for x in fn.__globals__.values() if any(x is m for m in modules)]
-            seen_by[id(fn.__globals__)] = seen
-        if seen and not any(is_builtin(module.load) for module in seen):
-            return nothing_to_patch()
-        return patch(fn)
-
-    interpreter._patch_lang = patch_lang
-
-
-try:
-    patch_each_module_once()
-except (ImportError, AttributeError):  # another version of Triton: slower
-    pass
+if _checks.INTERPRETING:
+    quick_interpreter.install()
 
 BACKENDS = ["tiled", pytest.param("triton", id="triton-interpreted")]
 
