@@ -112,7 +112,7 @@ def test_verl():
     log_probs = torch.tensor([[[-0.5, -1.5], [-0.25, 0.0], [0.0, 0.0], [0.0, -INF]]])
     ids = torch.tensor([[[7, 9], [4, 2], [0, 0], [5, 0]]], dtype=torch.int32)
     teacher = readers.verl(log_probs, ids)
-    assert teacher.ids.tolist() == [[[7, 9], [4, -1], [-1, -1], [5, 0]]]
+    assert teacher.ids.tolist() == [[[7, 9], [4, -1], [-1, -1], [5, -1]]]
     assert teacher.log_probs[0, 1].tolist() == [-0.25, -INF]
     masked = readers.verl(log_probs, ids, torch.tensor([[True, False, True, True]]))
     assert masked.ids[0, 1].tolist() == [-1, -1]
@@ -272,6 +272,7 @@ def test_distillkit_ids_of_no_entry_are_anything():
         (0, 1156): -2.4063, (0, 1850): -2.9688, (1, 315): -0.1094, (1, 323): -3.3594,
     }  # fmt: skip
     assert entries(second) == {(0, 9625): -0.5, (0, 279): -1.2031}
+    assert readers.distillkit([], []).ids.tolist() == [[-1]]  # a document of one token
 
 
 def test_parquet_needs_pyarrow(monkeypatch):
@@ -289,16 +290,16 @@ def test_nemo_rl_sample():
 
 
 @pytest.mark.parametrize("read, words", [
-    (lambda: readers.vllm_prompt_logprobs([{3: -1.0}, {4: -1.0}]), "position 0: expected None"),
-    (lambda: readers.vllm_prompt_logprobs([[]]), "position 0: expected None"),
+    (lambda: readers.vllm_prompt_logprobs([{3: -1.0}, {4: -1.0}]), "the prompt: expected a list"),
+    (lambda: readers.vllm_prompt_logprobs([[]]), "the prompt: expected a list"),
     (lambda: readers.vllm_prompt_logprobs([[None, {3: -1.0}], []]), "sequence 1: expected a list"),
     (lambda: readers.vllm_prompt_logprobs([None, {1 << 63: -1.0}]), "position 1: expected token"),
-    (lambda: readers.sglang_logprobs([[[-1.0, 3, None]], [[-1.0, 4, None]]]), "position 0"),
-    (lambda: readers.sglang_logprobs([None, [5]]), "position 1: expected entries of"),
-    (lambda: readers.sglang_logprobs([None, [[-1.0]]]), "position 1: expected entries of"),
+    (lambda: readers.sglang_logprobs([[[-1.0, 3, None]], [[-1.0, 4, None]]]), "the prompt"),
+    (lambda: readers.sglang_logprobs([None, [5]]), "position 1: expected"),
+    (lambda: readers.sglang_logprobs([None, [[-1.0]]]), "position 1: expected"),
     (lambda: readers.sglang_logprobs([None, [[3, -1.0, None]]]), "position 1: expected token ids"),
     (lambda: readers.sglang_logprobs([None, []], input_token_logprobs=[[None, 1, None]]),
-     "the tokens' log-probabilities: expected one a position"),
+     "the tokens' log-probabilities: expected a token a position"),
     (lambda: readers.tinker_prompt_logprobs([None, [(3, math.nan)]]), "position 1: expected log"),
     (lambda: readers.tinker_prompt_logprobs([None, []], prompt_logprobs=[None, math.nan]),
      "position 1: expected log-probabilities"),
@@ -307,21 +308,22 @@ def test_nemo_rl_sample():
     (lambda: readers.trl_server([[[math.nan]]], [[[1]]]), "position 0 of sequence 0: expected log"),
     (lambda: readers.trl_server([[[-1.0]]], [[[1.5]]]), "position 0 of sequence 0: expected token"),
     (lambda: readers.trl_server(torch.tensor([[[-1.0], [math.nan]]]), torch.ones(1, 2, 1).long()),
-     r"row \[0, 1\]: expected log-probabilities"),
+     r"row \[0, 1\], entry 0: expected ids .* and log-prob"),
     (lambda: readers.trl_server([[[-1.0]]], [[[1]]], [[[-1.0], [-2.0]]]), "actual_logprobs"),
     (lambda: readers.axolotl([[{"logprob": -1.0}]]), "row 0: expected tokens written as"),
     (lambda: readers.axolotl([[5]]), "row 0: expected tokens written as"),
     (lambda: readers.axolotl([[{"token": "token_id:1"}]]), "row 0: expected a log-probability"),
     (lambda: readers.axolotl([[{"token": "token_id:1", "logprob": math.nan}]]), "row 0: expected"),
     (lambda: readers.nemo_rl(torch.full((1, 1, 2), math.nan), torch.ones(1, 1, 2).long()),
-     r"row \[0, 0\]: expected logits"),
+     r"row \[0, 0\], entry 0: expected ids .* and logits"),
     (lambda: readers.verl(torch.full((1, 1, 2), 0.5), torch.ones(1, 1, 2).long()),
-     r"row \[0, 0\]: expected log-probabilities"),
+     r"row \[0, 0\], entry 0: expected ids .* and log-prob"),
     (lambda: readers.verl(torch.full((1, 1, 2), -0.5), torch.full((1, 1, 2), -7)),
-     r"row \[0, 0\]: expected token ids"),
+     r"row \[0, 0\], entry 0: expected ids of at least 0"),
     (lambda: readers.distillkit([[1, 2], [3]], [[-1.0, -2.0], [-1.0, -2.0]]),
      "position 1 of sequence 0: expected"),
-    (lambda: readers.distillkit([], []), "token_ids: expected"),
+    (lambda: readers.trl_server([], []), "the batch: expected at least one sequence"),
+    (lambda: readers.trl_server("text", [[[1]]]), "the batch: expected"),
 ])  # fmt: skip
 def test_hostile_input_is_refused_with_its_place(read, words):
     with pytest.raises(ValueError, match=words):
