@@ -2,12 +2,16 @@
 does not fit is refused.
 """
 
+import importlib
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
-from drkl_triton import SparseTeacher
+from drkl_triton import SparseTeacher, reverse_kl
 
 pytest.importorskip("safetensors")
 
@@ -75,15 +79,144 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         save_teacher(tmp_path, until(3), shard_tokens=20, **quiet)
-    assert saved_keys(tmp_path) == {"doc0", "doc1"}  # doc2's shard was not full
-    # a shard that was written, and the manifest not
-    (tmp_path / "shard-00001.safetensors").write_bytes(b"half")
-    assert save_teacher(tmp_path, until(None), shard_tokens=20, **quiet) == 4
-    assert computed == ["doc0", "doc1", "doc2", "doc2", "doc3", "doc4", "doc5"]
+    assert saved_keys(tmp_path) == {"doc0", "doc1", "doc2"}
+    assert save_teacher(tmp_path, until(None), shard_tokens=20, **quiet) == 3
+    assert computed == list(documents)
     cache = load_teacher(tmp_path)
     for key, right in documents.items():
         same(cache[key], right)
     assert save_teacher(tmp_path, documents.items(), **quiet) == 0
+
+
+KILLED = """
+import os, sys, torch
+from drkl_triton.teacher_cache import save_teacher
+
+def documents():
+    for i in range(4):
+        if i == 3:
+            os._exit(9)
+        yield i, torch.full((10, 2), float(i))
+
+save_teacher(sys.argv[1], documents(), shard_tokens=20, progress=False)
+"""
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True)
+    assert killed.returncode == 9, killed.stderr.decode()
+    assert saved_keys(tmp_path) == {0, 1}  # the shard of the third was not full
+    # what a kill leaves in the middle of a shard, and between a shard and the manifest
+    (tmp_path / "shard-00001.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"whole, and unknown to the manifest")
+    assert len(load_teacher(tmp_path)) == 2
+    rest = ((i, torch.full((10, 2), float(i))) for i in range(4))
+    assert save_teacher(tmp_path, rest, **quiet) == 2
+    cache = load_teacher(tmp_path)
+    assert list(cache) == [0, 1, 2, 3]
+    assert all((cache[i] == i).all() for i in cache)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_keys_keep_their_type(tmp_path):
+    documents = {3: torch.zeros(1, 2), "3": torch.ones(1, 2), np.int64(4): torch.ones(2, 2)}
+    assert save_teacher(tmp_path, documents.items(), **quiet) == 3
+    assert saved_keys(tmp_path) == {3, "3", 4}
+    assert save_teacher(tmp_path, documents.items(), **quiet) == 0
+    cache = load_teacher(tmp_path)
+    assert list(cache) == cache.keys == [3, "3", 4] and 3 in cache and "4" not in cache
+    assert (cache[3] == 0).all() and (cache["3"] == 1).all()
+    assert cache.batch(torch.tensor([3, 4])).shape == (2, 2, 2)
+    with pytest.raises(TypeError, match="strings or integers"):
+        save_teacher(tmp_path, [((1, 2), torch.zeros(1, 2))], **quiet)
+
+
+def test_what_the_caller_does_later_to_its_tensors(tmp_path):
+    """Documents are views of one buffer, which is written to before the shard is."""
+    buffer = torch.zeros(2, 4, 8)
+
+    def documents():
+        yield "a", buffer[0]
+        yield "again", buffer[0]
+        yield "b", buffer[1].T  # [8, 4]: refused below
+        buffer.fill_(7)
+
+    with pytest.raises(ValueError, match="width"):
+        save_teacher(tmp_path, documents(), **quiet)
+
+    def square():
+        yield "c", buffer[1, :, :8]
+        buffer.fill_(7)
+        yield "d", buffer[0].expand(4, 8)
+
+    save_teacher(tmp_path, square(), **quiet)
+    cache = load_teacher(tmp_path)
+    assert [cache[key].unique().tolist() for key in ("a", "again", "c", "d")] == [
+        [0],
+        [0],
+        [0],
+        [7],
+    ]
+
+
+def test_log_z_and_documents_without_a_token(tmp_path):
+    given = teacher(4, log_z=torch.rand(4, 2))
+    none = teacher(0, log_z=torch.rand(0, 2))
+    save_teacher(tmp_path, [("a", given), ("none", none)], temperature=2.0, **quiet)
+    cache = load_teacher(tmp_path, temperature=2.0)
+    assert torch.equal(cache["a"].log_z, given.log_z) and cache["none"].ids.shape == (0, 3)
+    batch = cache.batch(["none", "a"])
+    assert batch.log_z.shape == (2, 4, 2) and (batch.ids[0] == -1).all()
+    loss = reverse_kl(torch.randn(2, 4, 100), batch, temperature=2.0)
+    assert loss.isfinite() and loss > 0
+
+
+def test_vocabulary(tmp_path):
+    document = SparseTeacher(torch.tensor([[5, -1]]), torch.tensor([[-0.5, -INF]]))
+    save_teacher(tmp_path, [("a", document)], vocabulary=6, **quiet)
+    load_teacher(tmp_path, vocabulary=6)
+    with pytest.raises(ValueError, match="was written with vocabulary 6, got 7"):
+        load_teacher(tmp_path, vocabulary=7)
+    with pytest.raises(ValueError, match="its vocabulary is 7, the cache's 6"):
+        save_teacher(tmp_path, [], vocabulary=7, **quiet)
+    with pytest.raises(ValueError, match="the id 5, outside of the vocabulary of 5"):
+        save_teacher(tmp_path / "other", [("a", document)], vocabulary=5, **quiet)
+
+
+def test_two_writers_are_noticed(tmp_path):
+    def documents():
+        yield "a", torch.zeros(2, 2)
+        save_teacher(tmp_path, [("b", torch.zeros(2, 2))], **quiet)
+        yield "c", torch.zeros(2, 2)
+
+    with pytest.raises(ValueError, match="another process wrote"):
+        save_teacher(tmp_path, documents(), **quiet)
+    assert load_teacher(tmp_path).keys == ["b"]
+
+
+def test_what_cannot_be_a_teacher(tmp_path):
+    for wrong in (torch.zeros(2, 2).long(), torch.zeros(2), [[0.5]]):
+        with pytest.raises(ValueError, match=r"hidden states \[T, H\], got"):
+            save_teacher(tmp_path, [("a", wrong)], **quiet)
+    with pytest.raises(ValueError, match="dtype must be one of torch.float32"):
+        save_teacher(tmp_path, [], dtype=torch.int8, **quiet)
+
+
+def test_the_bar_is_optional(tmp_path, monkeypatch, capsys):
+    documents = {"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}
+    pytest.importorskip("tqdm")
+    save_teacher(tmp_path / "bar", documents.items(), total=2)
+    assert "2/2" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert save_teacher(tmp_path / "none", documents.items(), total=2) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_without_safetensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "drkl_triton.teacher_cache")
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        importlib.import_module("drkl_triton.teacher_cache")
 
 
 class Tokenizer:
@@ -117,6 +250,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             save_teacher(tmp_path, [("b", document)], **options, **quiet)
     assert saved_keys(tmp_path) == {"a"}
+    with pytest.raises(ValueError, match="tokenizer"):  # also where nothing is new
+        save_teacher(tmp_path, [("a", teacher(4))], tokenizer=other, **quiet)
     with pytest.raises(ValueError, match="one sequence"):
         batch = SparseTeacher(torch.zeros(1, 4, 3).long(), torch.zeros(1, 4, 3))
         save_teacher(tmp_path, [("c", batch)], tokenizer=ours, **quiet)
@@ -150,6 +285,9 @@ def test_damaged_caches(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 9}))
     with pytest.raises(ValueError, match="has format 9, this version reads 1"):
+        load_teacher(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 1, "sha')
+    with pytest.raises(ValueError, match="manifest.json cannot be read"):
         load_teacher(tmp_path)
 
 
