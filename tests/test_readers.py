@@ -383,3 +383,67 @@ def test_every_entry_comes_through(name, rows):
         for row in zip(ids.tolist(), log_probs.tolist(), strict=True)
     ]
     assert found[: len(rows)] == rows and not any(found[len(rows) :])
+
+
+# --- the rows are those of the student's logits ---
+
+T, V, PROMPT = 6, 8, 2
+
+
+def by_position(log_p):
+    """{id: log-probability} of every token but the first."""
+    return [None, *(dict(enumerate(row)) for row in log_p[:-1].tolist())]
+
+
+def dicts(rows):
+    return [[{"token": f"token_id:{i}", "logprob": x} for i, x in row.items()] for row in rows]
+
+
+ids_of = torch.arange(V).expand(T - 1, V)
+WHOLE = {
+    "vllm": lambda p: readers.vllm_prompt_logprobs(by_position(p)),
+    "sglang": lambda p: readers.sglang_logprobs(
+        [x and [[v, i, None] for i, v in x.items()] for x in by_position(p)]
+    ),
+    "tinker": lambda p: readers.tinker_prompt_logprobs(
+        [x and list(x.items()) for x in by_position(p)]
+    ),
+    "axolotl": lambda p: readers.axolotl(dicts(by_position(p)[PROMPT:]), length=T),
+    "verl": lambda p: readers.verl(
+        torch.cat([p[:-1], torch.zeros(1, V)]), torch.cat([ids_of, torch.zeros(1, V).long()])
+    ),
+    "nemo_rl": lambda p: readers.nemo_rl(p + 3.0, torch.arange(V).expand(T, V)),
+    "distillkit": lambda p: readers.distillkit(ids_of.tolist(), p[:-1].tolist()),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_with_every_column_the_loss_is_that_of_the_whole_teacher(name):
+    """K = V leaves nothing out, so that a row in another's place would show."""
+    log_p = torch.randn(1, T, V).log_softmax(-1)
+    student, tokens = torch.randn(1, T, V), torch.randint(V, (1, T))
+    tokens[:, :PROMPT] = -100
+    teacher = WHOLE[name](log_p[0])
+    loss = reverse_kl(student[0], teacher, reduction="none")
+    right = reverse_kl(student[0], log_p[0], reduction="none")
+    torch.testing.assert_close(loss[PROMPT - 1 : -1], right[PROMPT - 1 : -1])
+    batch = SparseTeacher(
+        teacher.ids[None], teacher.log_probs[None], teacher.tail, teacher.normalised
+    )
+    torch.testing.assert_close(
+        reverse_kl(student, batch, tokens, shift=True),
+        reverse_kl(student, log_p, tokens, shift=True),
+    )
+
+
+def test_rows_of_completions():
+    """TRL's server and axolotl's lists, without a length: those of the completion's tokens."""
+    log_p, student = torch.randn(T, V).log_softmax(-1), torch.randn(T, V)
+    rows = by_position(log_p)[PROMPT:]
+    right = reverse_kl(student, log_p, reduction="none")[PROMPT - 1 : -1]
+    trl = readers.trl_server([[list(x.values()) for x in rows]], [[list(x) for x in rows]])
+    of_completion = student[PROMPT - 1 : -1]
+    loss = reverse_kl(of_completion[None], trl, reduction="none")
+    torch.testing.assert_close(loss[0], right)
+    loss = reverse_kl(of_completion, readers.axolotl(dicts(rows)), reduction="none")
+    torch.testing.assert_close(loss, right)
