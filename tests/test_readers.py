@@ -164,6 +164,9 @@ def test_ragged_and_unknown_positions():
     teacher = readers.vllm_prompt_logprobs([None, {3: -1.0}, None, {1: -2.0, 2: -3.0, 4: -INF}])
     assert entries(teacher) == {(0, 3): -1.0, (2, 1): -2.0, (2, 2): -3.0}
     assert readers.vllm_prompt_logprobs([None]).ids.tolist() == [[-1]]
+    # of an id that comes twice the first counts, for the label, too
+    twice = readers.sglang_logprobs([None, [[-0.5, 3, None], [-0.75, 3, None]]], [1, 3])
+    assert twice.label_log_probs.tolist() == [-0.5, -INF]
 
 
 # --- what the documented forms have in the corners ---
