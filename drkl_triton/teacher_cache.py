@@ -237,6 +237,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, manifest: dict, device: str | torch.device):
         self.folder, self.manifest, self.device = folder, manifest, device
+        self._shards: dict[str, Any] = {}  # opened when they are read
         self._places = {
             key: (shard["file"], i)
             for shard in manifest["shards"]
@@ -249,6 +250,9 @@ class TeacherCache:
 
     def __iter__(self) -> Iterator[str | int]:
         return iter(self._places)
+
+    def __getstate__(self) -> dict:  # for the workers of a DataLoader
+        return self.__dict__ | {"_shards": {}}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -265,8 +269,9 @@ class TeacherCache:
         names = ["hidden"] if self.manifest["kind"] == "hidden" else ["ids", "log_probs"]
         names += self.manifest["extra"]
         try:
-            with safe_open(self.folder / file, "pt", device=str(self.device)) as shard:
-                parts = {name: shard.get_tensor(f"{i}.{name}") for name in names}
+            if file not in self._shards:
+                self._shards[file] = safe_open(self.folder / file, "pt", device=str(self.device))
+            parts = {name: self._shards[file].get_tensor(f"{i}.{name}") for name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.folder / file} cannot be read ({error}); {_AGAIN}") from error
         if self.manifest["kind"] == "hidden":

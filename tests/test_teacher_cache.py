@@ -4,6 +4,7 @@ does not fit is refused.
 
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -52,6 +53,16 @@ def test_hidden_states_and_their_batches(tmp_path):
     batch = cache.batch(["b", "a"])
     assert batch.shape == (2, 5, 8)
     assert torch.equal(batch[0, :3], documents["b"]) and (batch[0, 3:] == 0).all()
+
+
+def test_a_cache_that_was_read_goes_to_other_processes(tmp_path):
+    save_teacher(tmp_path, [(i, torch.full((2, 2), float(i))) for i in range(6)], **quiet)
+    cache = load_teacher(tmp_path)
+    assert (cache[1] == 1).all()
+    copied = pickle.loads(pickle.dumps(cache))
+    assert (copied[1] == 1).all()
+    loader = torch.utils.data.DataLoader(range(6), 3, num_workers=1, collate_fn=cache.batch)
+    assert [batch[:, 0, 0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_batches_of_unequal_documents(tmp_path):
