@@ -1,4 +1,4 @@
-"""The benchmark that run.py and linear.py are, each with a Bench that says what is measured."""
+"""The benchmark that run.py, linear.py and sparse.py are; a Bench says what each measures."""
 
 import argparse
 import os
@@ -285,7 +285,7 @@ def measure(bench, options, taking_part, keep):
     clock = Clock(options.device)
     copy = Copy(options.device, options.copy_mb) if options.copy_mb else None
     cases = bench.cases(options)
-    work = sum((options.repeats + 1) * len(taking_part[op]) * N * V for op, _, N, V in cases)
+    work = sum((options.repeats + 1) * len(taking_part[op]) * N * V for op, _, N, V, *_ in cases)
     bar = tqdm(
         total=work,
         bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}",
@@ -293,12 +293,12 @@ def measure(bench, options, taking_part, keep):
         dynamic_ncols=True,
     )
     with bar:
-        for op, dtype, tokens, vocab in in_time(cases, options.seconds):
+        for op, dtype, tokens, vocab, *more in in_time(cases, options.seconds):
             if not taking_part[op]:
                 continue
             if "torch._dynamo" in sys.modules:  # the import alone takes seconds
                 torch._dynamo.reset()  # each shape compiled for itself, none over the limit
-            case = bench.case(options, op, DTYPES[dtype], tokens, vocab)
+            case = bench.case(options, op, DTYPES[dtype], tokens, vocab, *more)
             entries = [Entry(provider) for provider in taking_part[op]]
             measurement = Measurement(case, entries, options.mode, clock, copy)
 
