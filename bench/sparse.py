@@ -1,213 +1,250 @@
-"""Losses with a teacher of K log-probabilities a token: time and memory, forward and backward,
-beside the dense formulas that need the student's log-softmax.
+"""Losses with K of the teacher's log-probabilities a token, and log_probs_at: time and peak memory.
 
-python bench/sparse.py                                   # some minutes on two CPU cores
-python bench/sparse.py --device cuda --tokens 8192 --dtype bfloat16
+python bench/sparse.py --op forward_kl --k 20            # some minutes on two CPU cores
+python bench/sparse.py --device cuda                     # 8,192 tokens, bfloat16
 """
 
-import argparse
 import sys
 from itertools import product
-from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
+import command  # before PyTorch: it says how threads wait
 import tables
 import torch
-import torch._dynamo
-from timing import Clock, peak_memory
-from torch.nn.functional import log_softmax
+import truth
+from divergences import LOSSES, drkl, kl
+from providers import Provider, compiled, each, package
+from torch.nn import functional as F
 
-from drkl_triton import SparseTeacher, divergence, log_probs_at, objectives, reference
+from drkl_triton import SparseTeacher, divergence, log_probs_at, reference
 
-HERE = Path(__file__).parent
-COLUMNS = (
-    *("op", "dtype", "vocab", "tokens", "k", "provider", "check", "forward_ms", "backward_ms"),
-    *("ms", "ms_q1", "ms_q3", "runs", "peak_mb", "x_dense", "note", *tables.ENVIRONMENT, "date"),
-)
-OBJECTIVES = {
-    "forward_kl": objectives.forward_kl(),
-    "reverse_kl": objectives.reverse_kl(),
-    "drkl": objectives.drkl(0.5),
-}
+OBJECTIVES = {name: LOSSES[name].objective for name in ("forward_kl", "reverse_kl", "drkl")}
 OPS = ("log_probs_at", *OBJECTIVES)
-WORST = 2e-3  # of loss and gradient, relative to the largest, in 16 bits
+INF, CLAMP = float("inf"), -10.0  # verl's
+APART = "apart"  # another divergence: held against its own definition
 
 
-def cells(student, ids):
-    """log q [N, K] and of the rest [N, 1], with the log-softmax written out. The rest is what is
-    missing to 1: cheaper than a sum, and wrong where the K columns hold all but 1e-7.
-    """
-    log_q = log_softmax(student, -1, dtype=torch.float32).gather(-1, ids)
-    return log_q, torch.log(-torch.expm1(log_q.logsumexp(-1, keepdim=True)))
+class Known(NamedTuple):
+    """Of the teacher: ids, log_p [N, K], and the label's, at_label [N]. DRKL has a cell for it."""
+
+    ids: torch.Tensor
+    log_p: torch.Tensor
+    label: torch.Tensor
+    at_label: torch.Tensor
+
+    def cells(self, op):
+        """(ids, log_p) [N, cells], but for the rest."""
+        of_label = self.label[:, None], self.at_label[:, None]
+        pairs = zip(self[:2], of_label, strict=True)
+        return [torch.cat(pair, -1) for pair in pairs] if op == "drkl" else self[:2]
+
+    def given(self, op):
+        """(teacher, labels)"""
+        at_label, label = (self.at_label, self.label) if op == "drkl" else (None, None)
+        return SparseTeacher(*self[:2], label_log_probs=at_label), label
 
 
-def kl(log_x, log_y):
-    return (log_x.exp() * (log_x - log_y)).sum(-1)
+# --- plain PyTorch: float32 log_softmax, gather, the divergence of the cells ---
 
 
-def dense(op, student, ids, log_p, label):
-    at_ids, rest = cells(student, ids)
-    if op == "log_probs_at":
-        return at_ids.sum(-1) + rest[:, 0]
-    log_q = torch.cat([at_ids, rest], -1)
-    log_p = torch.cat([log_p, torch.log(-torch.expm1(log_p.logsumexp(-1, keepdim=True)))], -1)
-    if op == "forward_kl":
-        return kl(log_p, log_q)
-    if op == "reverse_kl":
-        return kl(log_q, log_p)
-    whole = kl(log_q, log_p)
-    q, p = (x.gather(-1, label[:, None])[:, 0] for x in (log_q, log_p))
-    q_rest, p_rest = torch.log1p(-q.exp()), torch.log1p(-p.exp())
-    target = q.exp() * (q - p) + q_rest.exp() * (q_rest - p_rest)
-    return target + 0.5 * (whole - target) / q_rest.exp()
+def missing(log_x, most=INF):
+    """log(1 - sum): no pass over V, and nothing right where the sum is 1 but for 1e-7."""
+    return torch.log(-torch.expm1(log_x.logsumexp(-1, keepdim=True).clamp(max=most)))
 
 
-def trl(op, student, ids, log_p, label):
-    """TRL's server distillation: no log-softmax, and a tail that is clamped from below."""
-    z = student.float()
-    log_q = z.gather(-1, ids) - z.logsumexp(-1, keepdim=True)
-
-    def with_tail(x):
-        whole = x.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
-        return torch.cat([x, torch.log(-torch.expm1(whole))], -1)
-
-    return kl(with_tail(log_p), with_tail(log_q))
+def summed(log_q, ids):
+    """log of the sum of all others, as this package has it."""
+    return log_q.scatter(-1, ids, -INF).logsumexp(-1, keepdim=True)
 
 
-def verl(op, student, ids, log_p, label):
-    """verl's: the K columns' terms alone, both sides clamped at -10."""
-    log_q = log_softmax(student.float(), -1).gather(-1, ids).clamp(min=-10)
-    return kl(log_p.clamp(min=-10), log_q)
+def dense(op, tail):
+    """tail: "sum" of the others, or what is "missing" to 1."""
+
+    def function(student, *known):
+        ids, log_p = Known(*known).cells(op)
+        log_all = F.log_softmax(student, -1, dtype=torch.float32)
+        log_q = log_all.gather(-1, ids)
+        rest = summed(log_all, ids) if tail == "sum" else missing(log_q)
+        log_q = torch.cat([log_q, rest], -1)
+        if op == "log_probs_at":
+            return log_q
+        log_p = torch.cat([log_p, missing(log_p)], -1)
+        if op == "drkl":
+            return drkl(log_q, log_p, torch.full_like(ids[:, 0], ids.shape[1] - 1)).mean()
+        return (kl(log_p, log_q) if op == "forward_kl" else kl(log_q, log_p)).mean()
+
+    return function
 
 
-def ours(op, student, ids, log_p, label):
-    if op == "log_probs_at":
-        at_ids, rest = log_probs_at(student, ids)
-        return at_ids.sum(-1) + rest
-    labels = ids.gather(-1, label[:, None])[:, 0]
-    return divergence(OBJECTIVES[op], student, SparseTeacher(ids, log_p), labels, reduction="none")
+def fused(op, tail):
+    return compiled(dense(op, tail))
 
 
-def by_definition(op, student, ids, log_p, label):
-    if op == "log_probs_at":
-        at_ids, rest = reference.log_probs_at(student, ids)
-        return at_ids.sum(-1) + rest
-    labels = ids.gather(-1, label[:, None])[:, 0]
-    teacher = SparseTeacher(ids, log_p)
-    return reference.divergence(OBJECTIVES[op], student, teacher, labels, reduction="none")
+def trl(student, ids, log_p, *label):
+    """TRL's for a server's log-probabilities: no log-softmax; the tail's mass is at least 1e-7."""
+    logits = student.float()
+    log_q = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    log_q, log_p = (torch.cat([x, missing(x, -1e-7)], -1) for x in (log_q, log_p))
+    return kl(log_p, log_q).mean()
 
 
-def compiled(op, *tensors):
-    return _compiled(op, *tensors)
+def verl(student, ids, log_p, *label):
+    """verl's compute_forward_kl_topk: the K columns' terms alone, of logarithms above -10."""
+    log_q = F.log_softmax(student, -1, dtype=torch.float32).gather(-1, ids)
+    return kl(log_p.clamp(min=CLAMP), log_q.clamp(min=CLAMP)).mean()
 
 
-_compiled = torch.compile(dense, dynamic=False)
-# (function, whether it is the same divergence: TRL's and verl's are others, see above)
-PROVIDERS = {
-    "dense": (dense, OPS),
-    "compile": (compiled, OPS),
-    "ours": (ours, OPS),
-    "trl": (trl, ("forward_kl",)),
-    "verl": (verl, ("forward_kl",)),
-}
+def ours(op, backend):
+    def function(student, *known):
+        known = Known(*known)
+        if op == "log_probs_at":
+            log_q, rest = log_probs_at(student, known.ids, backend=backend)
+            return torch.cat([log_q, rest[:, None]], -1)
+        return divergence(OBJECTIVES[op], student, *known.given(op), backend=backend)
+
+    return function
 
 
-def inputs(V, N, K, dtype, device):
-    draw = torch.Generator(device).manual_seed(V + K)
-    student, teacher = (
-        3 * torch.randn(N, V, generator=draw, device=device, dtype=torch.float32) for _ in range(2)
+ALL = (
+    Provider("dense", "the tail as a sum", each(dense, *OPS, tail="sum"), held=6),
+    Provider("missing", "dense, 1 - sum", each(dense, *OPS, tail="missing"), held=4),
+    Provider("compile", "of dense", each(fused, *OPS, tail="sum"), held=4),
+    Provider("compile_missing", "of missing", each(fused, *OPS, tail="missing"), held=3),
+    package("tiled", "this package, PyTorch in tiles", each(ours, *OPS, backend="tiled")),
+    package("triton", "this package, Triton", each(ours, *OPS, backend="triton"), gpu_only=True),
+    Provider("trl", "TRL's formula", {"forward_kl": lambda: trl}, held=4),
+    Provider("verl", "verl's", {"forward_kl": lambda: verl}, held=4, rounds=(APART,)),
+)
+
+
+class Sparse(truth.Logits):
+    """run.py's rows, of whose teacher the K largest are known; for DRKL besides the label's."""
+
+    columns = ("op", "vocab", "tokens", "k")
+
+    def __init__(self, op, dtype, vocab, tokens, k, device):
+        super().__init__(op, dtype, vocab, tokens, device)
+        student, teacher, label = self.distinct
+        log_p = F.log_softmax(teacher.double(), -1)
+        at_label = log_p.gather(-1, label[:, None]).float()[:, 0]
+        if op == "drkl":
+            log_p.scatter_(-1, label[:, None], -INF)
+        top = log_p.topk(k, -1)
+        self.k, self.known = k, Known(top.indices, top.values.float(), label, at_label)
+        self.distinct = student, *self.known
+        self.tensors = [self.tensors[0], *(x[self.of_row] for x in self.known)]
+        draw = torch.Generator().manual_seed(k)
+        self.given = torch.randn(self.rows, k + 1, generator=draw).to(device) * truth.UPSTREAM
+
+    def upstream(self, out, scale):
+        if self.op == "log_probs_at":
+            return self.given[self.of_row[: len(out)]].to(out.dtype)
+        return torch.full_like(out, scale)
+
+    def rates(self, mode, row):
+        return {}
+
+    def truth(self):
+        return Definition(self)
+
+
+class Definition(truth.Truth):
+    """truth.py's check, with the reference's sparse teacher; of verl's sum with its own formula."""
+
+    def __init__(self, case):
+        self.case, scale = case, self._scale(case)
+        self.of = {apart: self._limits(apart, scale) for apart in (False, case.op == "forward_kl")}
+
+    def errors(self, *results, rounds=()):
+        self.right, self.limits = self.of[APART in rounds]
+        return super().errors(*results)
+
+    def _limits(self, apart, scale):
+        """As in truth.py: twice plain PyTorch's error, what float32 must cost, the rounding."""
+        (out, grad), (out_b, grad_b) = (self._run(x, apart) for x in (torch.float64, torch.float32))
+        eps, denormal = truth.rounding(self.case.dtype)
+        if self.case.op != "log_probs_at":
+            out, out_b = (x[self.case.of_row].mean() for x in (out, out_b))
+        least = denormal + torch.finfo(torch.float32).smallest_normal * truth.UPSTREAM
+        limit = 2 * (out_b - out).abs() + 32 * truth.EPS * (1 + out.abs())
+        of_grad = 2 * (grad_b - grad).abs() + 8 * truth.EPS * scale + 2 * eps * grad.abs() + least
+        return (out, grad), (limit, of_grad)
+
+    def _scale(self, case):
+        """truth.condition of the gradient's elements."""
+        student = case.distinct[0].double()
+        log_q, (ids, log_p) = F.log_softmax(student, -1), case.known.cells(case.op)
+        tail = log_q - summed(log_q, ids)
+        if case.op == "log_probs_at":
+            g = case.given.double().abs()
+            at = (tail.exp() * g[:, -1:]).scatter(-1, ids, g[:, :-1])
+            return (at + log_q.exp() * g.sum(-1, keepdim=True)) * (1 + log_q.abs())
+        # of the whole teacher that has the same gradient: its tail is shaped as the student's
+        teacher = (tail + missing(log_p.double())).scatter(-1, ids, log_p.double())
+        return truth.condition(case.op, student, teacher, case.known.label)[0] * truth.UPSTREAM
+
+    def _run(self, dtype, apart):
+        """(out, gradient); that of float32 is rounded to the dtype of the logits."""
+        case, known = self.case, self.case.known
+        student = case.distinct[0].to(dtype).detach().requires_grad_()
+        log_q, rest = reference.log_probs_at(student, known.ids)
+        if apart:
+            log_p = known.log_p.to(dtype).clamp(min=CLAMP)
+            out = kl(log_p, log_q.clamp(min=CLAMP))
+        elif case.op == "log_probs_at":
+            out = torch.cat([log_q, rest[:, None]], -1)
+        else:
+            of = OBJECTIVES[case.op], student, *known.given(case.op)
+            out = reference.divergence(*of, reduction="none")
+        (grad,) = torch.autograd.grad(out, student, case.upstream(out, truth.UPSTREAM))
+        grad = grad.to(case.dtype) if dtype == torch.float32 else grad
+        return out.detach().double(), grad.double()
+
+
+class OfSparseTeachers(command.Bench):
+    what, script, prefix = __doc__.splitlines()[0], "bench/sparse.py", "sparse-"
+    providers, ops, default_ops = ALL, OPS, list(OPS)
+    defaults = {"tokens": (8192, 512), "repeats": (20, 3), "dtype": (["bfloat16"], ["float32"])}
+    extra = {
+        "vocab": [32000, 50257, 128256, 151936, 262144], "k": [1, 20, 64, 128], "mode": ["both"],
+        "copy_mb": 0, "no_plots": True,
+    }  # fmt: skip
+    dtypes, tell = "default: bfloat16; on a CPU float32", ("op", "dtype", "mode", "vocab", "k")
+    columns = (
+        *("op", "mode", "dtype", "vocab", "k", "tokens", "provider", "version"),
+        *("check", *Sparse.checked, "ms", "ms_q1", "ms_q3", "runs", "peak_mb"),
+        *(*tables.ratios(ALL), "note", *tables.ENVIRONMENT, "date"),
     )
-    top = (teacher + student).topk(K, -1)
-    log_p = top.values - (teacher + student).logsumexp(-1, keepdim=True)
-    label = torch.randint(K, (N,), generator=draw, device=device)
-    return student.to(dtype).requires_grad_(), top.indices, log_p, label
+    places, checked = {"V": "vocab", "K": "k"}, Sparse.checked
+    beside, rates = ("dense", "missing"), {}
+    legend = """\
+ms           median, cold caches; quartiles beside it
+peak MB      most memory held above the inputs, in 10^6 bytes
+×dense       times the time of dense; below 1 is faster. ×missing likewise
+check        against float64, on the call that is timed; verl against its own definition"""
+
+    def options(self, add):
+        add("--mode", nargs="+", choices=command.MODES, help="default: both")
+        add("--vocab", nargs="+", type=int, metavar="V", help="default: five")
+        add("--k", nargs="+", type=int, metavar="K", help="default: 1 20 64 128")
+        add("--tokens", type=int, help="default: 8192 on a GPU, 512 on a CPU")
+
+    def settle(self, parser, options):
+        room = min(options.vocab) - max(options.k) - 1  # less the label
+        if min(options.tokens, options.repeats, *options.k, room) < 1:
+            parser.error("--tokens, --repeats, --k must be positive, --k below --vocab less 1")
+
+    def cases(self, options):
+        return [*product(options.op, options.dtype, [options.tokens], options.vocab, options.k)]
+
+    def case(self, options, op, dtype, tokens, vocab, k):
+        return Sparse(op, dtype, vocab, tokens, k, options.device)
+
+    def title(self, row):
+        return f"{row['op']}, {row['dtype']}, {row['mode']}, {row['tokens']:,} tokens"
 
 
-def check(function, op, tensors):
-    """Against the definition in float64, on eight rows: "ok", or what is wrong."""
-    student, *others = (x[:8] for x in tensors)
-    student = student.detach()
-
-    def both(f, x):
-        x = x.requires_grad_()
-        loss = f(op, x, *others)
-        return loss.detach().double(), torch.autograd.grad(loss.sum(), x)[0].double()
-
-    found, truth = both(function, student.clone()), both(by_definition, student.double())
-    for name, x, y in zip(("loss", "gradient"), found, truth, strict=True):
-        error = ((x - y).abs().max() / y.abs().max()).item()
-        if not error < WORST * (5 if student.dtype == torch.bfloat16 else 1):
-            return f"WRONG: {name} off by {error:.2g}"
-    return "ok"
-
-
-def measure(op, dtype, V, K, options, names):
-    tensors = inputs(V, options.tokens, K, getattr(torch, dtype), options.device)
-    student, upstream = tensors[0], torch.ones(options.tokens, device=options.device)
-    torch._dynamo.reset()  # after some shapes compiled code would stay behind
-    clock, times, rows = Clock(options.device), {}, {}
-    for name in names:
-        function, _ = PROVIDERS[name]
-        same = name not in ("trl", "verl")
-        rows[name] = {"check": check(function, op, tensors) if same else "another divergence"}
-
-    def forward(name):
-        return PROVIDERS[name][0](op, *tensors)
-
-    def backward(loss):
-        return torch.autograd.grad(loss, student, upstream.to(loss.dtype))[0]
-
-    for turn in range(options.repeats + 1):  # the first one warms up
-        for name in names:
-            first, loss = clock.ms(lambda: forward(name))  # noqa: B023
-            second, _ = clock.ms(lambda: backward(loss))  # noqa: B023
-            if turn:
-                times.setdefault(name, []).append((first, second))
-    for name in names:
-        both = [sum(x) for x in times[name]]
-        first, second = (median(x) for x in zip(*times[name], strict=True))
-        peak = peak_memory(lambda: forward(name), backward, options.device)["both"]  # noqa: B023
-        rows[name] |= {
-            "op": op, "dtype": dtype, "vocab": V, "tokens": options.tokens, "k": K,
-            "provider": name, "forward_ms": first, "backward_ms": second, "peak_mb": peak / 1e6,
-            **tables.quartiles(both),
-        }  # fmt: skip
-    for row in rows.values():
-        row["x_dense"] = row["ms"] / rows["dense"]["ms"]
-    return list(rows.values())
-
-
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--op", nargs="+", choices=OPS, default=list(OPS))
-    add("--k", nargs="+", type=int, default=[1, 20, 64, 128])
-    add("--vocab", nargs="+", type=int, default=[32000, 128256, 262144])
-    add("--tokens", type=int, default=512)
-    add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    add("--device", type=torch.device, default=torch.device("cpu"))
-    add("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
-    add("--repeats", type=int, default=5)
-    add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
-    add("--name", default="sparse", help="of the file, without .csv; default: sparse")
-    options = parser.parse_args(arguments)
-    if min(options.repeats, options.tokens, *options.k, *options.vocab) < 1:
-        parser.error("--repeats, --tokens, --k and --vocab must be positive")
-    providers = ["dense", *(name for name in options.providers if name != "dense")]
-    where = tables.environment(options.device, arguments, "bench/sparse.py")
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for op, dtype, V, K in product(options.op, options.dtype, options.vocab, options.k):
-        names = [name for name in providers if op in PROVIDERS[name][1]]
-        for row in measure(op, dtype, V, K, options, names):
-            rows.append(row | where)
-            text = "{op} {dtype} V={vocab:,} K={k} {provider}: {forward_ms:.1f} + {backward_ms:.1f}"
-            text += " ms, {peak_mb:.0f} MB, {x_dense:.2f} of dense, {check}"
-            print(text.format(**row), flush=True)
-        tables.write_csv(options.out / f"{options.name}.csv", rows, COLUMNS)
-    return int(any(row["check"].startswith("WRONG") and row["provider"] == "ours" for row in rows))
-
+bench = OfSparseTeachers()
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(bench.main())
