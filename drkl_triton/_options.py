@@ -100,6 +100,7 @@ def rows(
     teacher: bool,
     acc: torch.dtype,
     backend: str,
+    sparse: SparseTeacher | None = None,
 ) -> Rows:
     """like: of the leading shape and device of the logits; teacher: whether there is one."""
     weight = None if options.weight is None else options.weight.detach()
@@ -107,6 +108,8 @@ def rows(
         like.detach(), labels, weight, options.ignore_index, V, options.shift, objective.labels,
         backend,
     )  # fmt: skip
+    if sparse is not None and objective.needs_teacher:
+        codes = torch.where(sparse.known(codes), codes, facts.IGNORED)
     needs = objective.needs
     if needs & facts.UNTEMPERED:
         temperature = options.temperature

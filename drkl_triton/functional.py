@@ -184,7 +184,10 @@ def _loss(name, objective, student, teacher, labels, options: dict):
         if not (objective.needs_teacher or metrics or options.support == "teacher"):
             teacher = None
     has_teacher = teacher is not None
-    rows = _options.rows(objective, student, V, labels, options, has_teacher, acc, backend)
+    rows = _options.rows(
+        objective, student, V, labels, options, has_teacher, acc, backend,
+        teacher if isinstance(teacher, SparseTeacher) else None,
+    )  # fmt: skip
     tail, cells = "", (teacher, None, None)
     if isinstance(teacher, SparseTeacher):
         tail, cells = teacher.tail, teacher.cells(objective, rows, V, options.temperature)

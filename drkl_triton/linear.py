@@ -110,7 +110,9 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
     for x in (*student[:3], *teacher[:3], given.log_probs if sparse else given):
         acc = acc if x is None else torch.promote_types(acc, x.dtype)
     backend = _checks.backend(options.backend, hidden)
-    rows = _options.rows(objective, hidden, V, labels, options, has_teacher, acc, backend)
+    rows = _options.rows(
+        objective, hidden, V, labels, options, has_teacher, acc, backend, given if sparse else None
+    )
     tail, cells = "", (given, None, None)
     if sparse:
         tail, cells = given.tail, given.cells(objective, rows, V, options.temperature)
@@ -125,7 +127,7 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         objective=objective.key,
         needs=rows.needs,
         wanted=tuple(wanted),
-        may_skip=labels is not None or weights is not None or options.shift,
+        may_skip=labels is not None or weights is not None or options.shift or sparse,
         chunk_bytes=heads.chunk_bytes,
         tail=tail,
         backend=backend,

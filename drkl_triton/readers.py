@@ -5,8 +5,7 @@ A *row* is a position of the student's logits: row t says what is known of token
 of, with None first: from those lists row t takes position t + 1, and the last row, of which nothing
 is known, has no entry. What comes by row stays in its place. All results have ids int64 (-1: no
 entry, at log-probability -inf) and log-probabilities float32, unless they came as tensors, of
-temperature 1. Rows without an entry are to be left out of a loss, by labels of -100: with
-``tail="renormalise"`` they are NaN.
+temperature 1. The losses ignore rows without an entry.
 
 What no producer writes is a ValueError that names its place: ids that are no integers, NaN,
 log-probabilities above 0, lengths that do not fit. Tensors on a GPU are not looked into.

@@ -506,6 +506,11 @@ def _of_sparse(
             (f, [_own(x, s, True) for x in p], None if w is None else _own(w, s, True))
             for f, p, w in terms
         ]
+    if objective.needs_teacher:
+        known = ((teacher.ids != -1) & (teacher.log_probs != -INF)).any(-1)
+        if teacher.label_log_probs is not None:
+            known = known | ((teacher.label_log_probs != -INF) & (y >= 0))
+        ignored = ignored | ~known
     compared = [t for t in terms if t[0].needs & facts.TEACHER]
     alone = [t for t in terms if not t[0].needs & facts.TEACHER]
     y = torch.where(ignored | (y < 0) | (y >= V), -1, y)

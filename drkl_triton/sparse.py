@@ -73,6 +73,8 @@ class SparseTeacher:
             DKD) need its cell; a label outside of the cells is an error on the CPU, NaN on a GPU.
             Under ``shift`` it lies where the ids do, at the row that is scored with the label.
 
+    A row without an entry is ignored, as one with a label of ``ignore_index`` is.
+
     A sum of probabilities above 1, as from 16-bit storage, leaves the tail the smallest mass that
     the sum of float32 numbers can tell from 0, 2^-23.
 
@@ -90,6 +92,13 @@ class SparseTeacher:
 
     def __post_init__(self) -> None:
         _checks.sparse_teacher(self)
+
+    def known(self, codes: Tensor) -> Tensor:
+        """[...]: the rows that have an entry; codes [...] of the labels."""
+        there = ((self.ids != -1) & (self.log_probs != float("-inf"))).any(-1)
+        if self.label_log_probs is not None:
+            there = there | ((self.label_log_probs != float("-inf")) & (codes >= 0))
+        return there
 
     def cells(
         self, objective: Objective, rows: Rows, V: int, temperature: float | Tensor

@@ -509,8 +509,9 @@ def test_options_for_type_checkers_are_those_of_the_signature(function, options)
     }
     assert keyword.pop("return_metrics") == "bool"
     keyword = {k: v for k, v in keyword.items() if k not in ("gamma", "skew")}
-    assert typing.get_type_hints(options) == {
-        name: eval(hint, {"Tensor": torch.Tensor}) for name, hint in keyword.items()
+    names = {"Tensor": torch.Tensor, "SparseTeacher": drkl_triton.SparseTeacher}
+    assert typing.get_type_hints(options, localns=names) == {
+        name: eval(hint, names) for name, hint in keyword.items()
     }
 
 

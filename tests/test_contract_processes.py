@@ -46,6 +46,7 @@ from drkl_triton.adapters import distillm
 h, w, tl = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
 batch = {"label": y}
 given = {"teacher_logits": tl}
+known = drkl_triton.teacher_topk(t, 2, labels=y)
 objectives = drkl_triton.objectives
 mix = 0.5 * objectives.js_divergence(0.3) + objectives.dkd() + 0.1 * objectives.cross_entropy()
 PUBLIC = {
@@ -69,6 +70,18 @@ PUBLIC = {
     "DivergenceLoss": lambda s, h, w, **o: drkl_triton.DivergenceLoss(mix, **o)(s, t, y),
     "linear_divergence": lambda s, h, w, **o: drkl_triton.linear_divergence(
         mix, h, w, y, **given, **o
+    ),
+    "SparseTeacher": lambda s, h, w, **o: drkl(s, known, y, **o),
+    "log_probs_at": lambda s, h, w, **o: drkl_triton.log_probs_at(s, known.ids, **o)[1],
+    "linear_log_probs_at": lambda s, h, w, **o: drkl_triton.linear_log_probs_at(
+        h, w, known.ids, **o
+    )[0],
+    "teacher_topk": lambda s, h, w, **o: reverse_kl(s, drkl_triton.teacher_topk(t, 2, **o), **o),
+    "union_ids": lambda s, h, w, **o: drkl_triton.log_probs_at(
+        s, drkl_triton.union_ids(s, t, 2), **o
+    )[1],
+    "sampled_teacher": lambda s, h, w, **o: drkl_triton.forward_kl(
+        s, drkl_triton.sampled_teacher(known.ids), **o
     ),
     "LinearDivergenceLoss": lambda s, h, w, **o: drkl_triton.LinearDivergenceLoss(mix, **o)(
         h, w, y, **given

@@ -310,6 +310,8 @@ def test_every_kernel_compiles_and_keeps_its_limits(target, tmp_path):
     assert status == 0, printed
     assert "BROKEN" not in printed
     wanted = {*machine_code.KERNELS} if target == "sm_90" else {*COMMON}
+    if GRID[target] is HALF:  # nothing to merge
+        wanted -= {"merge_sums"}
     whole = {name for name, parts in machine_code.LOSSES.items() if wanted >= {*parts}}
     assert {row["kernel"] for row in rows} == wanted | whole
     plain = [row for row in rows if row["case"] == "plain"]

@@ -263,15 +263,15 @@ def test_distillm_and_minillm(name):
 
 
 def test_what_is_to_be_installed_can_be():
-    """The package is installed from a clone; and TRL as the extra asks for it."""
+    """This package from a clone, others by their names, TRL as the extra asks for it."""
     (wanted,) = re.findall(r'"trl": \["(.+?)"\]', (ROOT / "setup.py").read_text())
     files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("drkl_triton/**/*.py")]
     advice = [
         (file.name, name)
         for file in files
-        for name in re.findall(r"pip install '?([^'`\s]+)", file.read_text(encoding="utf-8"))
+        for name in re.findall(r"pip install '?([^'\"`\s]+)", file.read_text(encoding="utf-8"))
     ]
-    assert {name for _, name in advice} == {".", wanted}, advice
+    assert {name for _, name in advice} == {".", wanted, "safetensors", "pyarrow"}, advice
 
 
 def test_the_page_names_the_releases_it_was_tried_with():

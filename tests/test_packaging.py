@@ -149,7 +149,9 @@ def test_wheel_metadata(built):
     assert metadata["Requires-Python"] == ">=3.10"
     required = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert required == {"torch>=2.8", "numpy", 'triton>=3.4; platform_system == "Linux"'}
-    assert set(metadata.get_all("Provides-Extra")) == {"test", "bench", "examples", "dev", "trl"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        *("test", "bench", "examples", "dev", "trl", "cache")
+    }
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text("utf-8").strip()
 
 

@@ -327,11 +327,11 @@ def test_softmax_is_a_distribution_and_the_references(data, log, temperature, ba
 
 def test_the_settings_are_those_of_the_profile(pytestconfig):
     """That a run tries as many examples as it says."""
-    expected = {"test": 25, "fuzz": 300}[pytestconfig.getoption("hypothesis_profile") or "test"]
+    expected = {"test": 15, "fuzz": 300}[pytestconfig.getoption("hypothesis_profile") or "test"]
     assert settings().max_examples == expected
     assert pytestconfig.getoption("hypothesis_seed") is not None
     tests = [x for name, x in globals().items() if hasattr(x, "hypothesis")]
-    assert expected * len(tests) >= {25: 200, 300: 2000}[expected]
+    assert expected * len(tests) >= {15: 100, 300: 2000}[expected]
 
 
 @pytest.fixture(autouse=True)

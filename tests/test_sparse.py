@@ -346,15 +346,36 @@ def test_pads_duplicates_and_order_do_not_count():
     assert torch.equal(loss_of(student, as_int32)[0], plain[0])
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "js_divergence"])
-def test_a_row_without_an_entry_has_loss_0(name):
-    student = torch.randn(2, 30)
-    teacher = SparseTeacher(
-        torch.tensor([[-1, -1], [3, 4]]), torch.tensor([[0.0, 0.0], [-1.0, -2.0]])
-    )
-    loss, grad = loss_of(student, teacher, name=name)
-    assert loss[0].abs() < 1e-6 and grad[0].abs().max() < 1e-6
-    assert loss[1] > 0
+@pytest.mark.parametrize("with_alone", [False, True])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("name", ["reverse_kl", "drkl", "js_divergence"])
+def test_a_row_without_an_entry_is_ignored(name, tail, with_alone):
+    """It is not read, and a mean does not count it; the label's own log-probability is an entry."""
+    student, labels = torch.randn(4, 30), torch.tensor([3, 7, 4, 1])
+    student[0] = NAN
+    ids = torch.tensor([[-1, -1], [7, -1], [3, 4], [5, 6]])
+    log_p = torch.tensor([[0.0, 0.0], [-1.0, -2.0], [-1.0, -2.0], [-INF, -INF]])
+    at_label = torch.tensor([-INF, -1.0, -2.0, -1.0])
+    teacher = SparseTeacher(ids, log_p, tail=tail, label_log_probs=at_label)
+    objective = LOSSES[name].objective()
+    if with_alone:
+        objective = objective + objectives.cross_entropy()
+    found = {}
+    for of in (drkl_triton, reference):
+        x = student.clone().requires_grad_()
+        loss = of.divergence(objective, x, teacher, labels)
+        loss.backward()
+        assert (x.grad[0] == 0).all()
+        rest = of.divergence(objective, student, teacher, labels, reduction="none")[1:]
+        torch.testing.assert_close(loss.detach(), rest.mean())
+        found[of] = loss.detach(), x.grad
+    for ours, right in zip(found[drkl_triton], found[reference], strict=True):
+        torch.testing.assert_close(ours, right)
+    hidden, matrix = student.clone().requires_grad_(), torch.eye(30)
+    loss = linear_divergence(objective, hidden, matrix, labels, teacher_logits=teacher)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), found[drkl_triton][0])
+    torch.testing.assert_close(hidden.grad, found[drkl_triton][1])
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "drkl", "js_divergence"])
