@@ -6,10 +6,11 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 SEED ?=
 DEMO_ARGS ?=
+PRETRAINED_ARGS ?=
 BENCH_ARGS ?=
 
 # A thread that waits gives its core up. Spinning, the default, takes it from whatever runs next.
-test fuzz demo: export OMP_WAIT_POLICY ?= passive
+test fuzz demo pretrained: export OMP_WAIT_POLICY ?= passive
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -27,7 +28,7 @@ TERSE := awk '/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ { print "  " $
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TEST_JOBS=$(TEST_JOBS)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS=  may be set:"
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TEST_JOBS=$(TEST_JOBS)  PIP_ARGS=  PYTEST_ARGS=  DEMO_ARGS=  PRETRAINED_ARGS=  BENCH_ARGS=  may be set:"
 	@echo "  make test PYTEST_ARGS='-k packaging'      make demo DEMO_ARGS='--help'"
 
 .PHONY: venv
@@ -55,6 +56,10 @@ fuzz: $(STAMP)  ## try the properties on thousands of inputs; SEED=N repeats a r
 .PHONY: demo
 demo: $(STAMP)  ## distil small models on real text and compare the objectives, about ten minutes on two cores
 	@$(BIN)/python examples/distill/run.py $(DEMO_ARGS)
+
+.PHONY: pretrained
+pretrained: $(STAMP)  ## distil SmolLM2-135M and compare the objectives with intervals, half an hour; downloads 100 MB
+	@$(BIN)/python examples/pretrained/study.py $(PRETRAINED_ARGS)
 
 .PHONY: bench
 bench: $(STAMP)  ## time the losses across vocabulary sizes, on the device that is there

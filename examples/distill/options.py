@@ -140,7 +140,11 @@ def check(args):
 
 def open_folder(out):
     """The cache folder inside out, made and tried."""
-    folder = out / "cache"
+    return writable(out / "cache", out)
+
+
+def writable(folder, of=None):
+    """The folder, made and tried; ``of`` is the one that the user named."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"{os.getpid()}.tmp"
@@ -148,7 +152,7 @@ def open_folder(out):
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"cannot write to {out} ({error.strerror}); choose another folder with --out"
+            f"cannot write to {of or folder} ({error.strerror}); choose another folder with --out"
         ) from None
     return folder
 

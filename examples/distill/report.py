@@ -1,8 +1,12 @@
 """Means and intervals over the seeds, and the tables."""
 
 import math
+import platform
 from dataclasses import dataclass
+from importlib import metadata
 from statistics import fmean, stdev
+
+import drkl_triton
 
 
 @dataclass(frozen=True)
@@ -195,3 +199,27 @@ def sample_text(results, prompts):
             for j, text in enumerate(measured["text"][i]):
                 lines += [f"{'-' * 30} {label}, sample {j + 1}", text]
     return "\n".join(lines)
+
+
+# --- what goes into a file of results ---
+
+
+def versions():
+    found = {"python": platform.python_version(), "drkl_triton": drkl_triton.__version__}
+    for name in ("torch", "triton", "numpy", "tokenizers", "transformers", "matplotlib", "tqdm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def as_json(value):
+    """Six significant digits; null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -10,12 +10,9 @@ python examples/distill/run.py --linear        # rkl and drkl from hidden states
 
 import copy
 import json
-import math
-import platform
 import sys
 import time
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 try:
@@ -299,7 +296,7 @@ class Demo:
                 "threads": torch.get_num_threads(),
                 "dtype": str(self.dtype).removeprefix("torch."),
             },
-            "versions": versions(),
+            "versions": report.versions(),
             "seeds": seeds,
             "data": {
                 "train_files": len(corpus.train_files),
@@ -326,33 +323,12 @@ class Demo:
         return results
 
 
-def versions():
-    found = {"python": platform.python_version(), "drkl_triton": drkl_triton.__version__}
-    for name in ("torch", "triton", "numpy", "tokenizers", "matplotlib", "tqdm"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def as_json(value):
-    """Six significant digits; null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-
 def write(results, demo):
     out = demo.args.out
     table = report.full_report(results)
     prompts = [demo.corpus.tokenizer.decode(prompt) for prompt in demo.prompts[:2].tolist()]
     texts = {
-        "results.json": json.dumps(as_json(results), indent=1, ensure_ascii=False),
+        "results.json": json.dumps(report.as_json(results), indent=1, ensure_ascii=False),
         "table.txt": table,
         "samples.txt": report.sample_text(results, prompts),
     }

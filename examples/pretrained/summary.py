@@ -1,0 +1,112 @@
+"""The tables: every objective's means, and its differences to reverse KL."""
+
+import csv
+import json
+
+from intervals import LEVEL, METRICS, interval, value
+from report import as_json
+from student import BASELINE, OBJECTIVES
+
+COLUMNS = (
+    *("metric", "objective", "minus", "seeds", "mean", "low", "high", "t_low", "t_high", "apart"),
+)
+
+
+def means(results):
+    """{objective: {metric key: Interval}}"""
+    return {
+        name: {metric.key: interval(runs, metric) for metric in METRICS}
+        for name, runs in results["runs"].items()
+    }
+
+
+def differences(results):
+    """To reverse KL, by the seeds that both have; {} without it."""
+    base = results["runs"].get(BASELINE)
+    others = {n: r for n, r in results["runs"].items() if n != BASELINE} if base else {}
+    return {
+        name: {metric.key: interval(runs, metric, base) for metric in METRICS}
+        for name, runs in others.items()
+    }
+
+
+def chosen_lr(results, name):
+    rates = results["learning_rates"][name]
+    return min(rates, key=rates.get)
+
+
+def rows(results):
+    for minus, found in (("", means(results)), (BASELINE, differences(results))):
+        for name, by_metric in found.items():
+            for key, i in by_metric.items():
+                yield (key, name, minus, i.seeds, i.mean, i.low, i.high, i.t_low, i.t_high,
+                       i.apart if minus else "")  # fmt: skip
+
+
+def number(metric, x, signed=False):
+    digits = 2 if metric.scale == 100.0 else 3
+    return f"{x * metric.scale:{'+' if signed else ''}.{digits}f}"
+
+
+def shown(metric, i, signed=False):
+    low, high = (number(metric, x, signed) for x in (i.low, i.high))
+    return f"{number(metric, i.mean, signed)} [{low}, {high}]" + ("*" if signed and i.apart else "")
+
+
+def head(metric):
+    aim = {"lower": " ↓", "higher": " ↑", "0": " →0", "": ""}[metric.aim]
+    return metric.label + (f" ({metric.unit})" if metric.unit else "") + aim
+
+
+def markdown(header, body):
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(results):
+    """Markdown."""
+    runs, settings = results["runs"], results["settings"]
+    names = list(runs)
+    labels = [OBJECTIVES[name].label for name in names]
+    found, minus = means(results), differences(results)
+    extra = [("teacher", results["teacher"]), ("start", results["start"])]
+    body = [
+        [head(m), *(number(m, value(run, m)) for _, run in extra),
+         *(shown(m, found[name][m.key]) for name in names)]
+        for m in METRICS
+    ]  # fmt: skip
+    rates = ["learning rate", "", "", *(f"{chosen_lr(results, name):g}" for name in names)]
+    seeds = ["seeds", "", "", *(str(len(runs[name])) for name in names)]
+    parts = [
+        f"Mean [{LEVEL} % bootstrap interval over seeds and held-out documents]; "
+        f"{settings['tokens']:,} tokens a student, {settings['layers']} layers.",
+        "",
+        markdown(["held-out text", *(n for n, _ in extra), *labels], [seeds, rates, *body]),
+    ]
+    if minus:
+        body = [[head(m), *(shown(m, minus[name][m.key], True) for name in minus)] for m in METRICS]
+        count = len(minus) * len(METRICS)
+        others = [OBJECTIVES[name].label for name in minus]
+        parts += [
+            "",
+            f"Differences to {OBJECTIVES[BASELINE].label}, paired by seed and document. * 0 lies "
+            "outside of this interval and of Student's t over the seeds (three or more). "
+            f"{count} comparisons: by chance alone {count * (1 - LEVEL / 100):.0f} intervals would "
+            "leave 0 out.",
+            "",
+            markdown([f"minus {OBJECTIVES[BASELINE].label}", *others], body),
+        ]
+    return "\n".join(parts)
+
+
+def write(results, folder):
+    (folder / "table.md").write_text(tables(results) + "\n", encoding="utf-8")
+    about = {k: v for k, v in results.items() if k not in ("runs", "teacher", "start")}
+    text = json.dumps(as_json(about), indent=1, ensure_ascii=False)
+    (folder / "about.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "intervals.csv").open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(COLUMNS)
+        for row in rows(results):
+            out.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in row])
+    return ["table.md", "about.json", "intervals.csv"]
