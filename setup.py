@@ -64,7 +64,14 @@ setup(
         ],
         "cache": ["safetensors", "tqdm"],  # for drkl_triton.teacher_cache
         "bench": ["matplotlib", "tqdm"],
-        "examples": ["tokenizers", "matplotlib", "tqdm", "transformers>=5.24", "gguf", "safetensors"],
+        "examples": [
+            "tokenizers",
+            "matplotlib",
+            "tqdm",
+            "transformers>=5.24",
+            "gguf",
+            "safetensors",
+        ],
         "dev": ["ruff", "pre-commit", "build"],
     },
 )

@@ -175,7 +175,10 @@ def _scatter(out: Tensor, columns: Tensor, values: Tensor, V: int) -> Tensor:
     none = columns[:, :1] == V
     first = torch.where(none, out[:, :1], values[:, :1].to(out.dtype))
     index = torch.where(columns < V, columns, torch.where(none, 0, columns[:, :1]))
-    return out.scatter_(1, index, torch.where(columns < V, values.to(out.dtype), first))
+    rows = torch.arange(len(out), device=out.device)[:, None]
+    # scatter_ makes a float32 copy of 16-bit tensors on a CPU
+    out[rows, index] = torch.where(columns < V, values.to(out.dtype), first)
+    return out
 
 
 class CellLoss(NamedTuple):

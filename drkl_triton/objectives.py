@@ -274,9 +274,8 @@ def gaps(log_q, log_p, threshold):
 def total_variation(log_q, log_p):
     """sum |q - p| / 2."""
     q = tl.exp(log_q)
-    gap = q - tl.exp(log_p)
-    half_sign = tl.maximum(tl.minimum(1e38 * gap, 0.5), -0.5)
-    return gap * half_sign, q * half_sign
+    half_sign = tl.maximum(tl.minimum(1e38 * (log_q - log_p), 0.5), -0.5)
+    return 0.5 * tl.abs(q - tl.exp(log_p)), q * half_sign
 
 
 @pointwise

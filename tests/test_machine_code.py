@@ -288,11 +288,11 @@ def test_a_part_does_not_replace_the_table(part, monkeypatch):
     assert machine_code.parse([*part.split(), "--output", "x.csv"]).output == Path("x.csv")
 
 
-FULL = "--vocab 128256 --dtype bfloat16 float32".split()
+# A part of what `python bench/machine_code.py` compiles, which takes many minutes.
+FULL = "--vocab 128256 --dtype bfloat16".split()  # the other cases have more types
 HALF = "--vocab 128256 --dtype bfloat16 --case plain mixed".split()
-SHORT = "--vocab 50257 --dtype float32 --case plain splits".split()
-OTHER = "--vocab 50257 --dtype float32".split()  # the other cases have the 16-bit types
-GRID = {"sm_90": FULL, "sm_100": HALF, "sm_80": SHORT, "sm_120": SHORT, "gfx942": OTHER}
+SHORT = "--vocab 50257 --dtype float32 --case plain".split()
+GRID = {"sm_90": FULL, "sm_100": HALF, "sm_80": SHORT, "sm_120": SHORT, "gfx942": SHORT}
 # On the other targets some of the objectives.
 OTHERS = {*machine_code.OBJECTIVES} - {*machine_code.VARIED}
 COMMON = [
@@ -310,13 +310,15 @@ def test_every_kernel_compiles_and_keeps_its_limits(target, tmp_path):
     assert status == 0, printed
     assert "BROKEN" not in printed
     wanted = {*machine_code.KERNELS} if target == "sm_90" else {*COMMON}
-    if GRID[target] is HALF:  # nothing to merge
+    if GRID[target] is not FULL:  # nothing to merge
         wanted -= {"merge_sums"}
+    if GRID[target] is SHORT:
+        wanted -= {*machine_code.ROW_MAPS}
     whole = {name for name, parts in machine_code.LOSSES.items() if wanted >= {*parts}}
     assert {row["kernel"] for row in rows} == wanted | whole
     plain = [row for row in rows if row["case"] == "plain"]
     counted = [row for row in plain if row["kernel"] == machine_code.LOSS_NAME]
-    assert len(counted) == (2 if GRID[target] is FULL else 1)
+    assert len(counted) == 1
     for row in counted:  # at least a multiplication for every exponential, and a load
         assert 2.9 < float(row["exponentials"]) < float(row["instructions"]) / 2
     walks = [row for row in rows if row["kernel"] in {*machine_code.LOSS, *machine_code.SOFTMAX}]

@@ -278,6 +278,19 @@ def implementation(request):
     return request.param
 
 
+def test_total_variation_has_its_sign_at_any_probability(backend):
+    """Where the difference is below the smallest float32, too."""
+    s = torch.tensor([[0.0, 0.5, -89.2, -300.0]]).double().requires_grad_()
+    t = torch.tensor([[0.0, 0.9, -89.5, -200.0]]).double()
+    loss = drkl_triton.total_variation(s, t, backend=backend, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, s)
+    q, p = s.detach().softmax(-1), t.softmax(-1)
+    slope = torch.tensor([0.5, -0.5, 0.5, -0.5]).double()
+    right = q * (slope - (q * slope).sum())
+    torch.testing.assert_close(grad, right, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, 0.5 * (q - p).abs().sum(), rtol=1e-9, atol=1e-300)
+
+
 @pytest.mark.parametrize("name", FORWARD)
 @pytest.mark.parametrize("column", [1, 2])  # 2 is the label
 def test_student_excludes_what_the_teacher_allows(name, column, implementation):

@@ -747,3 +747,21 @@ def test_sampled_teacher_counts():
     found = {i: p for i, p in pairs if i >= 0}
     assert found == pytest.approx({3: 0.2, 7: 0.6, 9: 0.2})
     assert (given.ids[1] == -1).all() and given.tail == "drop"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_all_that_is_of_the_size_of_the_logits(dtype):
+    """Besides it there is scratch of up to 12.6 MB."""
+    from torch.profiler import ProfilerActivity, profile
+
+    N, V = 64, 262144
+    student = torch.randn(N, V).to(dtype).requires_grad_()
+    teacher = drkl_triton.teacher_topk(torch.randn(N, V), 20)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as of:
+        drkl_triton.forward_kl(student, teacher).backward()
+    total, peak = 0, 0
+    events = [e for e in of.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    assert student.grad.nbytes <= peak <= student.grad.nbytes + 14e6

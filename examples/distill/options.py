@@ -15,24 +15,24 @@ SIZES = {
     "max-mb": (8.0, 0.5, "cap on the text, million characters"),
     "context": (128, 64, "tokens in a window"),
     "batch": (8, 4, "windows in a batch"),
-    "teacher-steps": (1400, 150, ""),
+    "teacher-steps": (700, 150, ""),
     "teacher-width": (256, 64, ""),
     "teacher-layers": (6, 2, ""),
     "teacher-heads": (4, 2, ""),
-    "pretrain-steps": (500, 100, "of the students' common start, 0 for random weights"),
-    "student-steps": (600, 100, ""),
+    "pretrain-steps": (200, 100, "of the students' common start, 0 for random weights"),
+    "student-steps": (120, 100, ""),
     "student-width": (128, 32, ""),
     "student-layers": (2, 1, ""),
     "student-heads": (4, 2, ""),
-    "evaluations": (10, 5, "points of the held-out curves"),
-    "curve-windows": (16, 4, "held-out windows at such a point"),
-    "windows": (192, 16, "held-out windows for the table"),
-    "prompts": (32, 4, "held-out prompts that are continued"),
-    "samples": (8, 4, "samples a prompt"),
+    "evaluations": (4, 4, "points of the held-out curves"),
+    "windows": (32, 8, "held-out windows, for the table and the curves"),
+    "prompts": (16, 4, "held-out prompts that are continued"),
+    "samples": (4, 4, "samples a prompt"),
+    "seeds": (3, 1, "times the students are trained; with one there are no intervals"),
     # The package's default, 256 MB, would hold the logits of a whole batch of this size at once.
     "chunk-mb": (8.0, 0.25, "with --linear: logits of both models at a time, million bytes"),
 }
-OBJECTIVES = ["fkl", "rkl", "mixed", "jsd", "dkd", "drkl:0.5"]
+OBJECTIVES = ["fkl", "rkl", "jsd", "drkl:0.5"]
 
 
 def attribute(name):
@@ -56,7 +56,6 @@ def parse(description, argv=None):
     add("--backend", choices=["auto", "triton", "tiled"], default="auto", help="of drkl_triton")
     add("--threads", type=int, help="CPU threads (as many as PyTorch likes, at most 8)")
     add("--seed", type=int, default=0, help="the first seed (%(default)s)")
-    add("--seeds", type=int, default=1, metavar="N", help="train the students N times (1)")
     add("--sources", type=Path, help="folder of .py files (the standard library)")
     add(
         "--objectives",
@@ -97,7 +96,7 @@ def parse(description, argv=None):
 
 def check(args):
     positive = [name for name in SIZES if name != "pretrain-steps"]
-    positive += ["seeds", "teacher-lr", "student-lr", "temperature"]
+    positive += ["teacher-lr", "student-lr", "temperature"]
     for name in positive + (["threads"] if args.threads is not None else []):
         value = getattr(args, attribute(name))
         if not 0 < value < math.inf:

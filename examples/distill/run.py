@@ -1,7 +1,7 @@
 """Distil small language models on Python's own sources and compare the objectives.
 
 python examples/distill/run.py                 # about ten minutes on two CPU cores
-python examples/distill/run.py --seeds 3       # with intervals
+python examples/distill/run.py --seeds 1       # a third of that, and no intervals
 python examples/distill/run.py --quick         # seconds, to see that it works
 python examples/distill/run.py --device cuda   # with the Triton kernels
 python examples/distill/run.py --teacher-topk 20     # from 20 log-probabilities a token
@@ -118,9 +118,9 @@ class Demo:
                 f"the training text has {len(corpus.train)} tokens, fewer than "
                 f"--context {args.context}; give more text or a smaller context"
             )
-        self.windows, self.curve_windows, prompts = (
+        self.windows, prompts = (
             held_out_windows(corpus.held_out, count, args.context)
-            for count in (args.windows, args.curve_windows, args.prompts)
+            for count in (args.windows, args.prompts)
         )
         self.prompts = prompts[:, : args.context // 4].to(self.device)
         self.seconds["data"] = time.monotonic() - start
@@ -152,7 +152,7 @@ class Demo:
         args = self.args
         self.teacher = teacher = self.new_model("teacher", args.seed)
         config = [asdict(teacher.config), asdict(self.train_config("teacher"))]
-        self.teacher_key = [self.where, self.corpus.key, config, args.seed, args.curve_windows]
+        self.teacher_key = [self.where, self.corpus.key, config, args.seed, args.windows]
         history, self.seconds["teacher"] = self.train(
             {"teacher": Learner(teacher, cross_entropy)},
             "teacher",
@@ -254,7 +254,7 @@ class Demo:
         )
 
     def measure_curve(self, models):
-        results = self.measure(models, self.curve_windows)
+        results = self.measure(models, self.windows)
         for metrics in results.values():
             del metrics["reliability"]
         return results
