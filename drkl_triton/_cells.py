@@ -32,6 +32,7 @@ INF = float("inf")
 LN2 = math.log(2)
 SLICE_BYTES = 64 << 20
 TAIL_SUMS = 2  # m, d of a row without its columns
+TOP = 1  # the largest of the cells' logits in the student
 SCALED = [AT_WEIGHT.w1, AT_WEIGHT.w0, AT_WEIGHT.at_label, AT_WEIGHT.w2, AT_WEIGHT.w3, AT_WEIGHT.w4]
 
 
@@ -45,10 +46,11 @@ class Cells(NamedTuple):
     def rows(self, which: slice | Tensor) -> Cells:
         return Cells(*(x[which] for x in self))
 
-    def spread(self, V: int, inv_temperature: Tensor) -> Tensor:
+    def spread(self, launchers, V: int, inv_temperature: Tensor) -> Tensor:
         """Logits [N, V]: that of the rest at each other column."""
         log_p = self.log_p / inv_temperature
-        return _scatter(log_p[:, -1:].repeat(1, V), self.columns, log_p[:, :-1], V)
+        rest = log_p[:, -1:].repeat(1, V)
+        return _scatter(launchers, rest, self.columns, log_p[:, :-1], V)
 
 
 def canonical(
@@ -120,17 +122,47 @@ def _sorted(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return columns, values.gather(1, order)
 
 
-def of_columns(student: Rows, columns: Tensor, V: int, acc: torch.dtype) -> Tensor:
-    """The logits [N, K] at the columns; -inf where there is none."""
-    index = columns.long().view(*student.tensor.shape[:-1], columns.shape[1])
-    x = student.tensor.gather(-1, torch.where(index < V, index, 0)).to(acc)
-    return torch.where(index < V, x, -INF).view(columns.shape)
+def shard_of(launchers):
+    """The _shard.Shard of launchers that have one."""
+    return getattr(launchers, "shard", None)
 
 
-def logits(at_columns: Tensor, tail: Tensor, inv_temperature: Tensor) -> Tensor:
+def of_columns(launchers, student: Rows, columns: Tensor, V: int, acc: torch.dtype) -> Tensor:
+    """The logits [N, K] at the columns; -inf where there is none here."""
+    shard = shard_of(launchers)
+    index = columns.long() - (0 if shard is None else shard.first)
+    index = index.view(*student.tensor.shape[:-1], columns.shape[1])
+    here = (index >= 0) & (index < V)
+    if V == 0:
+        return torch.full(columns.shape, -INF, dtype=acc, device=columns.device)
+    x = student.tensor.gather(-1, torch.where(here, index, 0)).to(acc)
+    return torch.where(here, x, -INF).view(columns.shape)
+
+
+def in_vocabulary(launchers, label: Tensor) -> Tensor:
+    """This rank's labels as columns of the vocabulary."""
+    shard = shard_of(launchers)
+    return label if shard is None else torch.where(label >= 0, label + shard.first, label)
+
+
+def unsharded(launchers):
+    """Those for cells, which every rank has."""
+    return launchers if shard_of(launchers) is None else launchers.module
+
+
+def all_columns(launchers, student: Rows, columns: Tensor, V: int, acc: torch.dtype) -> Tensor:
+    """As ``of_columns``, over all ranks."""
+    x, shard = of_columns(launchers, student, columns, V, acc), shard_of(launchers)
+    return x if shard is None else shard.largest(x)
+
+
+def top_of(at_columns: Tensor, tail: Tensor) -> Tensor:
+    return torch.maximum(at_columns.amax(1), tail[0])
+
+
+def logits(at_columns: Tensor, tail: Tensor, top: Tensor, inv_temperature: Tensor) -> Tensor:
     """[N, K + 1]: the student's, of the cells, below their maximum and over the temperature."""
-    m, d = tail[:, :, None].unbind(0)
-    top = torch.maximum(at_columns.amax(1, keepdim=True), m)
+    m, d, top = tail[0][:, None], tail[1][:, None], top[:, None]
     rest = torch.where(d == 0, -INF, (m - top) * inv_temperature + d.log())
     return torch.cat([(at_columns - top) * inv_temperature, rest], 1)
 
@@ -159,7 +191,7 @@ def write(
     out = launchers.row_grad(
         student, student, no_label, inv_temperature, weights, V, slopes=0, out=out
     )
-    return _scatter(out, columns, at_columns.masked_fill(zero[:, None], 0.0), V)
+    return _scatter(launchers, out, columns, at_columns.masked_fill(zero[:, None], 0.0), V)
 
 
 def _each(on_rest: Tensor, d: Tensor) -> Tensor:
@@ -167,10 +199,14 @@ def _each(on_rest: Tensor, d: Tensor) -> Tensor:
     return torch.where(on_rest.isnan(), on_rest, facts.divided(on_rest, d))
 
 
-def _scatter(out: Tensor, columns: Tensor, values: Tensor, V: int) -> Tensor:
+def _scatter(launchers, out: Tensor, columns: Tensor, values: Tensor, V: int) -> Tensor:
     """Values [N, K] at the columns of ``out``. What is no entry goes where the row's first is, with
     the same value.
     """
+    if shard := shard_of(launchers):
+        columns, values = shard.columns(columns, values)
+        if V == 0:
+            return out
     columns = columns.long()
     none = columns[:, :1] == V
     first = torch.where(none, out[:, :1], values[:, :1].to(out.dtype))
@@ -198,12 +234,13 @@ class CellLoss(NamedTuple):
     @property
     def of_cells(self) -> Loss:
         one = torch.ones_like(self.inv_temperature)
-        return Loss(self.launchers, self.compared, self.needs, one, None, 0)
+        return Loss(unsharded(self.launchers), self.compared, self.needs, one, None, 0)
 
-    def _problem(self, student: Rows, cells: Cells, tail: Tensor) -> tuple[Loss, Rows, Rows]:
+    def _problem(
+        self, at_columns: Tensor, cells: Cells, tail: Tensor, top: Tensor
+    ) -> tuple[Loss, Rows, Rows]:
         """(the divergence of the cells, their logits in the student, in the teacher)."""
-        at_columns = of_columns(student, cells.columns, self.V, tail.dtype)
-        s, t = logits(at_columns, tail, self.inv_temperature), cells.log_p
+        s, t = logits(at_columns, tail, top, self.inv_temperature), cells.log_p
         outside = torch.stack([s[:, -1], t[:, -1]]) if self.tail == "drop" else None
         if self.tail != "bucket":
             s, t = s[:, :-1].contiguous(), t[:, :-1].contiguous()
@@ -214,8 +251,10 @@ class CellLoss(NamedTuple):
         """[rows of the table, N]; label: over the vocabulary."""
         scanned = student, cells.columns, cells.label, self.inv_temperature
         tail = self.launchers.row_tail(*scanned, self.V)
-        loss, s, t = self._problem(student, cells, tail)
-        tables = [loss.sums(s, t, cells.label, parameters), tail]
+        at_columns = all_columns(self.launchers, student, cells.columns, self.V, tail.dtype)
+        top = top_of(at_columns, tail)
+        loss, s, t = self._problem(at_columns, cells, tail, top)
+        tables = [loss.sums(s, t, cells.label, parameters), tail, top[None]]
         if self.alone is not None:
             tables.append(self.alone.sums(student, student, label, parameters))
         return torch.cat(tables)
@@ -234,7 +273,7 @@ class CellLoss(NamedTuple):
 
     @property
     def table_rows(self) -> int:
-        return SUMS + TAIL_SUMS + (0 if self.alone is None else SUMS)
+        return SUMS + TAIL_SUMS + TOP + (0 if self.alone is None else SUMS)
 
     def fields(self, sums, label, cell_label, parameters, metrics: bool) -> tuple[Tensor, ...]:
         """As _loss.Loss's."""
@@ -258,8 +297,10 @@ class CellLoss(NamedTuple):
         out: Tensor | None = None,
     ) -> Tensor:
         """As _loss.Loss's."""
-        tail = sums[SUMS : SUMS + TAIL_SUMS]
-        loss, s, t = self._problem(student, cells, tail)
+        tail, top = sums[SUMS : SUMS + TAIL_SUMS], sums[SUMS + TAIL_SUMS]
+        # of another rank's columns the gradient is that rank's
+        at_columns = of_columns(self.launchers, student, cells.columns, self.V, tail.dtype)
+        loss, s, t = self._problem(at_columns, cells, tail, top)
         rows, given = (cells.label, parameters, sums[:SUMS]), (upstream, weight, denominator)
         if loss.outside is None:
             weights, on_rest = loss.weights(*rows, *given, factor), torch.zeros_like(tail[0])
@@ -284,9 +325,9 @@ class CellLoss(NamedTuple):
             on_rest, of_cells = on_rest * (factor / both), of_cells * (factor / both)[:, None]
             table[SCALED] *= inv_room / both
             factor.copy_(both)
-        picked = rows_of(of_columns(student, cells.columns, self.V, tail.dtype))
-        own = self.alone._replace(V=cells.columns.shape[1])
-        place = _place(cells.columns, label, NO_LABEL)
+        picked = rows_of(at_columns)
+        own = self.alone._replace(launchers=unsharded(self.launchers), V=cells.columns.shape[1])
+        place = _place(cells.columns, in_vocabulary(self.launchers, label), NO_LABEL)
         of_cells = of_cells + own.write(picked, picked, place, parameters, table)
 
         loss = self.fields(sums, label, cells.label, parameters, False)[0]
@@ -301,7 +342,8 @@ class CellLoss(NamedTuple):
         lift = torch.exp((sums[AT.s_label - SUMS] - tail[0]) * self.inv_temperature)
         table[AT_WEIGHT.at_label] += facts.times(share, lift)
         out = self.alone.write(student, student, label, parameters, table, out)
-        return _scatter(out, cells.columns, of_cells.masked_fill(zero[:, None], 0.0), self.V)
+        of_cells = of_cells.masked_fill(zero[:, None], 0.0)
+        return _scatter(self.launchers, out, cells.columns, of_cells, self.V)
 
 
 def of(
@@ -329,11 +371,14 @@ class Spread(NamedTuple):
 
     def _slices(self, student: Rows, cells: Cells, parameters: Tensor | None):
         N, V = cells.label.shape[0], self.loss.V
-        height = max(1, SLICE_BYTES // (V * cells.log_p.element_size()))
+        shard = shard_of(self.loss.launchers)
+        widest = V if shard is None else shard.widest
+        height = max(1, SLICE_BYTES // (widest * cells.log_p.element_size()))
         per_row = parameters is not None and parameters.shape[1] > 1
         for i, j, part in slices_of(student, N, height):
             own = parameters[:, i:j] if per_row else parameters
-            teacher = cells.rows(slice(i, j)).spread(V, self.loss.inv_temperature)
+            rows = self.loss.launchers, V, self.loss.inv_temperature
+            teacher = cells.rows(slice(i, j)).spread(*rows)
             yield slice(i, j), part, rows_of(teacher), own
 
     def forward(
@@ -418,7 +463,8 @@ class LogProbs(NamedTuple):
     def sums(self, student: Rows, cells: Cells, label: Tensor, parameters: None) -> Tensor:
         scanned = student, cells.columns, label, self.inv_temperature
         tail = self.launchers.row_tail(*scanned, self.V)
-        return torch.cat([tail, of_columns(student, cells.columns, self.V, tail.dtype).t()])
+        rows = student, cells.columns, self.V, tail.dtype
+        return torch.cat([tail, all_columns(self.launchers, *rows).t()])
 
     def gradient(
         self, student, cells, label, parameters, sums, upstream, *, factor=None, out=None
@@ -430,7 +476,9 @@ class LogProbs(NamedTuple):
             g = g * room[:, None]
             torch.reciprocal(room, out=factor)
         # where there is nothing, no gradient goes
-        there = torch.cat([cells.columns < self.V, (sums[1] > 0)[:, None]], 1)
+        shard = shard_of(self.launchers)
+        V = self.V if shard is None else shard.vocabulary
+        there = torch.cat([cells.columns < V, (sums[1] > 0)[:, None]], 1)
         counts = (there | log_q.isnan()) & (label != IGNORED)[:, None]
         g, log_q = torch.where(counts, g, 0.0), torch.where(counts, log_q, -INF)
         others = g.sum(1, keepdim=True) - g
@@ -444,7 +492,8 @@ class LogProbs(NamedTuple):
 
 def log_probabilities(sums: Tensor, inv_temperature: Tensor) -> Tensor:
     """[N, K + 1], of the cells, from the table of LogProbs."""
-    x = logits(sums[TAIL_SUMS:].t(), sums[:TAIL_SUMS], inv_temperature)
+    at_columns, tail = sums[TAIL_SUMS:].t(), sums[:TAIL_SUMS]
+    x = logits(at_columns, tail, top_of(at_columns, tail), inv_temperature)
     # log1p of all but the largest, which is 1: so log q keeps its digits next to 0
     top = x.argmax(1, keepdim=True)
     x = x - x.gather(1, top)

@@ -24,10 +24,10 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
-def logits(name: str, x: Tensor) -> None:
-    """One tensor of logits, [..., V]."""
+def logits(name: str, x: Tensor, sharded: bool = False) -> None:
+    """One tensor of logits, [..., V]; of a shard, which may have no column."""
     _floats(name, x, "[..., V]", "convert it with torch.as_tensor, or pass the output's .logits")
-    if x.dim() == 0 or x.shape[-1] == 0:
+    if x.dim() == 0 or (x.shape[-1] == 0 and not sharded):
         raise ValueError(
             f"{name} must have a vocabulary of at least one column in its last dimension, got "
             f"shape {tuple(x.shape)}; pass logits of shape [..., V]"
@@ -71,12 +71,12 @@ def dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}; {hint}")
 
 
-def logits_pair(student: Tensor, teacher: Tensor | None, vocab_mismatch: str) -> int:
+def logits_pair(student: Tensor, teacher: Tensor | None, vocab_mismatch: str, shard=None) -> int:
     """Both logits; returns the number of columns that count."""
-    logits("student_logits", student)
+    logits("student_logits", student, shard is not None)
     if teacher is None:
         return student.shape[-1]
-    logits("teacher_logits", teacher)
+    logits("teacher_logits", teacher, shard is not None)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student_logits and teacher_logits must have the same leading shape, got "
@@ -85,6 +85,8 @@ def logits_pair(student: Tensor, teacher: Tensor | None, vocab_mismatch: str) ->
     same_device("teacher_logits", teacher, student, "student_logits")
     detached("teacher_logits", teacher)
     sizes = student.shape[-1], teacher.shape[-1]
+    if shard is not None:
+        return same_shard(*sizes, "student_logits", "teacher_logits", shard)
     return vocabulary(*sizes, ("student_logits", "teacher_logits", ""), vocab_mismatch)
 
 
@@ -116,6 +118,16 @@ def vocabulary(V: int, teacher_V: int, names: tuple[str, str, str], vocab_mismat
             f'tokens in both, pass vocab_mismatch="truncate"{hint}'
         )
     return min(V, teacher_V)
+
+
+def same_shard(width: int, teacher_width: int, student: str, teacher: str, shard) -> int:
+    if width != teacher_width:
+        raise ValueError(
+            f"with group= {teacher} must have the {width} columns that {student} has on this rank, "
+            f"or the whole vocabulary's {shard.vocabulary}, got {teacher_width}; split both "
+            "models' vocabularies in the same way"
+        )
+    return width
 
 
 # --- a few log-probabilities of a teacher ---
@@ -182,9 +194,9 @@ def sparse_teacher(teacher) -> None:
         )
 
 
-def logits_and_cells(student, teacher) -> int:
+def logits_and_cells(student, teacher, shard=None) -> int:
     """Student logits and a SparseTeacher; returns the number of columns."""
-    logits("student_logits", student)
+    logits("student_logits", student, shard is not None)
     cells_of(teacher, student, "student_logits")
     return student.shape[-1]
 
@@ -223,7 +235,7 @@ def sparse_temperature(teacher, one: bool) -> None:
 # --- hidden states and output matrices ---
 
 
-def head(who: str, hidden, weight, bias) -> None:
+def head(who: str, hidden, weight, bias, shard=None) -> None:
     """The tensors of a model's output layer. who: "student", "teacher", or "" for the only one."""
     names = [f"{who}_{part}".lstrip("_") for part in ("hidden", "weight", "bias")]
     _floats(
@@ -234,7 +246,7 @@ def head(who: str, hidden, weight, bias) -> None:
             f"{names[0]} must be [..., H] with at least one column, got shape "
             f"{tuple(hidden.shape)}; pass what goes into the output layer"
         )
-    matrix(names[1], weight, names[0], hidden)
+    matrix(names[1], weight, names[0], hidden, shard is not None)
     if bias is not None:
         _floats(names[2], bias, "[V]", "pass the output layer's .bias")
         if bias.shape != weight.shape[:1]:
@@ -252,12 +264,12 @@ def head_numbers(who: str, scale, softcap) -> None:
         _positive_number(f"{who}_softcap".lstrip("_"), softcap, hint)
 
 
-def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
+def matrix(name: str, weight, hidden_name: str, hidden: Tensor, sharded: bool = False) -> None:
     """An output matrix [V, H] for ``hidden`` [..., H]."""
     if isinstance(weight, torch.nn.Module):
         raise TypeError(_module_message(name, weight))
     if isinstance(weight, Tensor) and not torch.compiler.is_compiling():
-        if weight.numel() == 0 and weight.layout == torch.strided:
+        if weight.numel() == 0 and weight.layout == torch.strided and not sharded:
             raise ValueError(
                 f"{name} has no elements, got shape {tuple(weight.shape)}; pass [V, H]. If ZeRO-3 "
                 "or FSDP has partitioned it, compute the loss in the forward of the module that is "
@@ -270,8 +282,9 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
                 f"{name} is a DTensor, got placements {weight.placements}; compute the loss in the "
                 "forward of the module that fully_shard wraps, which has it whole, or pass "
                 'weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim); '
-                "under tensor parallelism, where all processes have the same tokens, [Replicate()]"
+                "under tensor parallelism, where all processes have the same tokens, pass group="
             )
+        _says_whose_gradient(name, weight)
         if weight.dtype not in FLOATS or weight.is_quantized:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {weight.dtype} "
@@ -286,7 +299,8 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
                 f"{name} must be a plain tensor [V, H], got {type(weight).__name__}; {advice}"
             )
     _floats(name, weight, "[V, H]", "pass the output layer's .weight")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    empty = weight.dim() == 2 and weight.shape[0] == 0 and not sharded
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(
             f"{name} must be [V, H] with the H of {hidden_name} {tuple(hidden.shape)}, got shape "
             f"{tuple(weight.shape)}; pass the .weight of a Linear layer from {hidden.shape[-1]} "
@@ -294,6 +308,25 @@ def matrix(name: str, weight, hidden_name: str, hidden: Tensor) -> None:
             + ("; logits belong in teacher_logits" if name == "teacher_weight" else "")
         )
     same_device(name, weight, hidden, hidden_name)
+
+
+def _says_whose_gradient(name: str, weight: Tensor) -> None:
+    """That full_tensor() was told what becomes of the gradient. Without being told it takes that of
+    this process for that of all, which it is only where all have the same tokens.
+    """
+    made = weight.grad_fn
+    if type(made).__name__ != "_ToTorchTensorBackward" or made.grad_placements is not None:
+        return
+    mesh = made.dtensor_spec.mesh
+    if mesh.size() > 1 and all(place.is_replicate() for place in made.dtensor_spec.placements):
+        raise ValueError(
+            f"{name} comes from a DTensor's full_tensor(), which takes the gradient of this "
+            "process for that of all; say whose it is: "
+            f'full_tensor(grad_placements=[Partial("avg")] * {mesh.ndim}) where each process has '
+            "tokens of its own (FSDP, data parallelism), or "
+            f"full_tensor(grad_placements=[Replicate()] * {mesh.ndim}) where all have the same "
+            "(tensor parallelism)"
+        )
 
 
 def _module_message(name: str, module: torch.nn.Module) -> str:
@@ -330,11 +363,11 @@ def product_dtype(name: str, weight: Tensor, hidden_name: str, hidden: Tensor) -
     return weight.dtype
 
 
-def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: bool):
+def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: bool, shard=None):
     """Both output layers, (hidden, weight, bias, scale, softcap) each; returns (the number of
     columns that count, the dtypes of the student's and of the teacher's matrix product).
     """
-    head("student", *student[:3])
+    head("student", *student[:3], shard)
     if not _teacher_is_one(*teacher, teacher_logits, needs_teacher):
         dtype = product_dtype("student_weight", student[1], "student_hidden", student[0])
         return student[1].shape[0], dtype, None
@@ -344,13 +377,13 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: 
         cells_of(teacher_logits, hidden, "student_hidden")
         return matrix.shape[0], dtype, None
     if teacher_logits is None:
-        head("teacher", *teacher[:3])
+        head("teacher", *teacher[:3], shard)
         source, source_name = teacher[0], "teacher_hidden"
         teacher_dtype = product_dtype("teacher_weight", teacher[1], source_name, source)
         sizes = matrix.shape[0], teacher[1].shape[0]
         names = "student_weight", "teacher_weight", ""
     else:
-        logits("teacher_logits", teacher_logits)
+        logits("teacher_logits", teacher_logits, shard is not None)
         source, source_name, teacher_dtype = teacher_logits, "teacher_logits", None
         sizes = matrix.shape[0], teacher_logits.shape[-1]
         names = "student_weight", "teacher_logits", "; hidden states belong in teacher_hidden"
@@ -364,6 +397,8 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: 
     for name, x in (*theirs, ("teacher_bias", teacher[2]), ("teacher_logits", teacher_logits)):
         if x is not None:
             detached(name, x)
+    if shard is not None:
+        return same_shard(*sizes, *names[:2], shard), dtype, teacher_dtype
     return vocabulary(*sizes, names, vocab_mismatch), dtype, teacher_dtype
 
 
@@ -643,6 +678,26 @@ def shift_shape(student: Tensor, of: str) -> None:
             f"next sequence's first label; pass the unflattened tensors ({of}[None] for one "
             "sequence)"
         )
+
+
+def group(group, vocab_start: int | None) -> None:
+    """A torch.distributed.ProcessGroup, and where this rank's columns begin."""
+    if group is None:
+        if vocab_start is not None:
+            raise ValueError(
+                f"vocab_start={vocab_start} needs group=, the process group whose ranks share the "
+                "vocabulary"
+            )
+        return
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}; pass "
+            "torch.distributed.group.WORLD, new_group(...) or a device mesh's get_group(...)"
+        )
+    if vocab_start is not None:
+        integer("vocab_start", vocab_start, "0")
+        if vocab_start < 0:
+            raise ValueError(f"vocab_start must be 0 or more, got {vocab_start}")
 
 
 def known_options(name: str, unknown: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def rows_in_place(tensor: torch.Tensor) -> Rows | None:
     """``tensor`` as Rows if that takes no copy."""
     leading = _merge(tensor.shape[:-1], tensor.stride()[:-1])
     if tensor.numel() == 0:  # contiguous, whatever its strides
-        return Rows(tensor, 1, (0, 0))
+        return Rows(tensor, max(1, math.prod(tensor.shape[:-1])), (0, 0))
     if len(leading) > 2 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         return None
     (_, outer), (inner, stride) = [(1, 0), (1, 0), *leading][-2:]

@@ -104,7 +104,9 @@ class Loss(NamedTuple):
                 total = total[0] + own[0], total[1] + own[1]
             return total
 
-        low = torch.log((1 - head) / (self.V + len(logs)))
+        shard = getattr(self.launchers, "shard", None)
+        V = self.V if shard is None else shard.vocabulary
+        low = torch.log((1 - head) / (V + len(logs)))
         high = torch.zeros_like(low)
         for _ in range(SWEEPS):
             third = (high - low) / 3

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from . import _checks, _reduction, facts, ops
+from . import _checks, _reduction, _shard, facts, ops
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ._objective import Objective
     from .sparse import SparseTeacher
 
@@ -27,6 +29,8 @@ class Options(NamedTuple):
     support: str = "full"
     filter_value: float = float("-inf")
     backend: str = "auto"
+    group: ProcessGroup | None = None
+    vocab_start: int | None = None
     return_metrics: bool = False
 
     def check(self) -> None:
@@ -41,6 +45,26 @@ class Options(NamedTuple):
         _checks.flag("return_metrics", self.return_metrics)
         _checks.positive("temperature", self.temperature)
         _checks.denominator(self.num_items, self.reduction)
+        _checks.group(self.group, self.vocab_start)
+
+    def agreed(self, function, objective, like, width, labels, teacher) -> _shard.Shard:
+        """This rank's columns, once the ranks of the group have found that they call the same.
+        like: of the rows; teacher: what its columns are given as.
+        """
+        said = {"function": function, "rows": [*like.shape[:-1]], "dtype": str(like.dtype)}
+        said |= {"objective": objective.key, "parameters": [
+            "a tensor" if isinstance(x, Tensor) else x for x in objective.parameters
+        ]}  # fmt: skip
+        said |= {"teacher": teacher, "labels": labels is not None, **self.said()}
+        return _shard.agree(self.group, said, width, self.vocab_start)
+
+    def said(self) -> dict:
+        """What the ranks of a group must say alike, by name: tensors, and num_items, which changes
+        with every step, only whether they are there.
+        """
+        own = {name: x for name, x in self._asdict().items() if name not in ("group", "backend")}
+        own |= {name: own[name] is not None for name in ("weight", "num_items", "vocab_start")}
+        return {name: "a tensor" if isinstance(x, Tensor) else x for name, x in own.items()}
 
 
 class LinearOptions(NamedTuple):
@@ -65,6 +89,18 @@ class LinearOptions(NamedTuple):
         _checks.head_numbers("student", self.student_scale, self.student_softcap)
         _checks.head_numbers("teacher", self.teacher_scale, self.teacher_softcap)
         _checks.linear_options(chunk_bytes=self.chunk_bytes, recompute=self.recompute)
+
+    def agreed(self, function, objective, hidden, matrix, labels, options) -> _shard.Shard:
+        """As Options.agreed."""
+        given = {
+            name: "none" if x is None else type(x).__name__ if hasattr(x, "dtype") else x
+            for name, x in self._asdict().items()
+            if name != "teacher_logits"
+        }
+        kind = "none" if self.teacher_logits is None else type(self.teacher_logits).__name__
+        given |= {"teacher_logits": kind, "H": hidden.shape[-1]}
+        kind = ", ".join(f"{name} {x}" for name, x in given.items())
+        return options.agreed(function, objective, hidden, matrix.shape[0], labels, kind)
 
 
 def taken(function: str, given: dict, *kinds) -> list:
@@ -144,6 +180,8 @@ class Keywords(TypedDict, total=False):
     support: str
     filter_value: float
     backend: str
+    group: ProcessGroup | None
+    vocab_start: int | None
 
 
 class LinearKeywords(Keywords, total=False):

@@ -25,6 +25,7 @@ from ._tile import exp, or_tiles, where
 NO_LABEL = -1  # all columns count
 IGNORED = -2  # the row is not read; loss and gradient 0
 INVALID = -3  # a label outside the vocabulary; loss and gradient NaN
+ELSEWHERE = -4  # a column of another rank (_shard.py)
 
 UNIT = 2.0**-24  # what the sums of logits are multiplied with (kernels/online_softmax.py)
 PER_UNIT = 2.0**24
@@ -202,7 +203,7 @@ def facts(sums, label, inv_temperature, NEEDS: tl.constexpr):
     d_s, d_t = sums.d_s, sums.d_t
     log_d, log_dt = tl.log(d_s), tl.log(d_t)
     empty, empty_t = d_s == 0, d_t == 0
-    has_label = label >= 0
+    has_label = (label >= 0) | (label == ELSEWHERE)
     ratio = divided(sums.a, d_s) * PER_UNIT
     mean = divided(sums.h, d_s) * PER_UNIT
     qp = ratio * inv_temperature + tl.where(empty, 0.0, log_dt - log_d)
@@ -336,7 +337,7 @@ def losses(
 ):  # fmt: skip
     """The loss of a row, then, with METRICS, the other fields of RowMetrics."""
     f, row = facts(sums, label, inv_temperature, NEEDS)
-    has_label, ignored = label >= 0, label == IGNORED
+    has_label, ignored = (label >= 0) | (label == ELSEWHERE), label == IGNORED
     S, is_inf = objective(f, row, x, TERMS, PHIS)
     loss = clean(tl.where(is_inf, INF, S.loss), row.is_nan, ignored)
     target = loss
@@ -413,7 +414,8 @@ def weights(
     else:
         level_rest += cool
         at_label += times(cool_y, upstream * inv_temperature)
-    nothing = (label >= 0) & (sums.d_s == 0) & (at_label == 0)  # the label is all that there is
+    has_label = (label >= 0) | (label == ELSEWHERE)
+    nothing = has_label & (sums.d_s == 0) & (at_label == 0)  # the label is all that there is
     is_inf = is_inf | ~(tl.abs(g_y) < INF)
     # a row that the caller weighs with 0 (num_items=0, say) has gradient 0, whatever it holds
     zero = (label == IGNORED) | (upstream == 0) | ((is_inf | nothing) & ~row.is_nan)

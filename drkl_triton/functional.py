@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _options, _reduction, objectives
+from . import _checks, _options, _reduction, _shard, objectives
 from ._named import named
 from ._options import Options
 from .algebra import RowMetrics
@@ -163,15 +163,35 @@ def divergence(
 
 
 def _loss(name, objective, student, teacher, labels, options: dict):
+    if hasattr(student, "device_mesh"):
+        given = "student_logits", student, -1, options.get("group")
+        student, options["group"] = _shard.of_dtensor(*given)
+    if options.get("group") is None:
+        return _checked(name, objective, student, teacher, labels, options)
+    _checks.group(options["group"], options.get("vocab_start"))
+    teacher = _shard.teacher_logits(teacher, options["group"])
+    with _shard.together(options["group"]):
+        return _checked(name, objective, student, teacher, labels, options)
+
+
+def _checked(name, objective, student, teacher, labels, options: dict):
     (options,) = _options.taken(name, options, Options)
     _checks.objective(objective)
     if objective.needs_teacher and teacher is None:
         _checks.logits("teacher_logits", teacher)
     sparse = isinstance(teacher, SparseTeacher)
+    shard = None
+    if options.group is not None:
+        _checks.logits("student_logits", student, sharded=True)
+        kind = "none" if teacher is None else type(teacher).__name__
+        shard = options.agreed(name, objective, student, student.shape[-1], labels, kind)
+        if not sparse:
+            teacher = _shard.part_of(teacher, shard, -1)
     if sparse:
-        V = _checks.logits_and_cells(student, teacher)
+        V = _checks.logits_and_cells(student, teacher, shard)
     else:
-        V = _checks.logits_pair(student, teacher, options.vocab_mismatch)
+        V = _checks.logits_pair(student, teacher, options.vocab_mismatch, shard)
+    vocabulary = V if shard is None else shard.vocabulary
     _checks.labels_given(name, objective, labels)
     _checks.rows(labels, options.weight, options.shift, student, "student_logits")
     _checks.parameters(objective, student, "student_logits")
@@ -185,21 +205,30 @@ def _loss(name, objective, student, teacher, labels, options: dict):
             teacher = None
     has_teacher = teacher is not None
     rows = _options.rows(
-        objective, student, V, labels, options, has_teacher, acc, backend,
+        objective, student, vocabulary, labels, options, has_teacher, acc, backend,
         teacher if isinstance(teacher, SparseTeacher) else None,
     )  # fmt: skip
     tail, cells = "", (teacher, None, None)
     if isinstance(teacher, SparseTeacher):
-        tail, cells = teacher.tail, teacher.cells(objective, rows, V, options.temperature)
+        tail, cells = teacher.tail, teacher.cells(objective, rows, vocabulary, options.temperature)
     teacher, columns, cell_label = cells
     num_items = options.num_items
     if num_items is not None:
         num_items = _reduction.scalar(num_items, acc, student.device)
     loss, fields = DivergenceFunction.apply(
-        Call(V, objective.key, rows.needs, metrics, reduction, tail, backend),
+        Call(
+            V,
+            objective.key,
+            rows.needs,
+            metrics,
+            reduction,
+            tail,
+            backend,
+            "" if shard is None else shard.key,
+        ),  # fmt: skip
         student,
         teacher,
-        rows.codes.view(-1),
+        (rows.codes if shard is None else shard.labels(rows.codes)).view(-1),
         rows.inv_temperature,
         rows.parameters,
         rows.filter_value,
@@ -266,6 +295,12 @@ def reverse_kl() -> Objective:
             mask was filled with, before the temperature (-1e4, -1e9 or ``torch.finfo(dtype).min``,
             as it is in the teacher's dtype), or anything between it and the real logits.
         backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
+        group: a ``torch.distributed.ProcessGroup`` over whose ranks the vocabulary is shared
+            (docs/tensor-parallel.md): logits hold this rank's columns (the teacher's may be whole),
+            labels and ids are of the whole vocabulary, every rank gets the same loss and the
+            gradient of its own columns. Logits that are DTensors bring their group along.
+        vocab_start: with ``group``, the first column of this rank; by default its columns follow
+            those of the ranks before.
         return_metrics: also return :class:`RowMetrics`, detached, from the same scan.
 
     Returns:

@@ -67,6 +67,7 @@ class Call(NamedTuple):
     reduction: str
     tail: str  # of a sparse teacher, or ""
     backend: str
+    shard: str  # _shard.agree's key, or ""
 
 
 class DivergenceFunction(torch.autograd.Function):
@@ -97,7 +98,7 @@ class DivergenceFunction(torch.autograd.Function):
             with torch.no_grad():
                 dstudent = ops.divergence_backward(
                     *tensors, denominator, sums, upstream.to(sums.dtype), call.V, call.objective,
-                    call.needs, call.tail, call.backend,
+                    call.needs, call.tail, call.backend, call.shard,
                 )  # fmt: skip
             dstudent = _first_order(dstudent, tensors[0], upstream)
         return None, dstudent, *[None] * (len(Inputs._fields) - 1)
@@ -132,10 +133,10 @@ class LogProbsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits, ids, columns, codes, inv_temperature, backend: str):
-        table = ops.log_probs_at(logits, columns, codes, inv_temperature, backend)
+    def forward(ctx: Any, logits, ids, columns, codes, inv_temperature, backend: str, shard: str):
+        table = ops.log_probs_at(logits, columns, codes, inv_temperature, backend, shard)
         _save(ctx, logits, ids, columns, codes, inv_temperature, table)
-        ctx.backend = backend
+        ctx.where = backend, shard
         log_q = _cells.log_probabilities(table, inv_temperature)
         return _cells.at_ids(log_q, columns, ids, codes)
 
@@ -145,9 +146,9 @@ class LogProbsFunction(torch.autograd.Function):
         with torch.no_grad():
             cells = _cells.to_cells(grad, grad_rest, columns, ids).t()
             dlogits = ops.log_probs_at_backward(
-                logits, columns, codes, inv_temperature, table, cells, ctx.backend
+                logits, columns, codes, inv_temperature, table, cells, *ctx.where
             )
-        return _first_order(dlogits, logits, grad, grad_rest), *[None] * 5
+        return _first_order(dlogits, logits, grad, grad_rest), *[None] * 6
 
 
 class LinearCall(NamedTuple):
@@ -163,6 +164,7 @@ class LinearCall(NamedTuple):
     chunk_bytes: int | None
     tail: str
     backend: str
+    shard: str
     metrics: bool  # not of the op
 
 
@@ -175,7 +177,7 @@ def _linear(call: LinearCall, tensors, upstream=None, sums=None):
 def _row_losses(call: LinearCall, tensors, sums: Tensor) -> Tensor:
     """The fields of RowMetrics [7, N], of which the loss is the first; without them [1, N]."""
     x = LinearInputs(*tensors)
-    loss = ops.loss_of(x, None, call.V, call.objective, call.needs, call.tail, None)
+    loss = ops.loss_of(x, None, call.V, call.objective, call.needs, call.tail, None, "")
     return torch.stack(loss.fields(sums, x.label, x.cell_label, x.parameters, call.metrics))
 
 

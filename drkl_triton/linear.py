@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _options, _reduction, objectives, ops
+from . import _checks, _options, _reduction, _shard, objectives, ops
 from ._named import named
 from ._options import LinearOptions, Options
 from .algebra import RowMetrics
@@ -87,6 +87,20 @@ def linear_divergence(
 
 
 def _loss(name, objective, hidden, matrix, labels, options: dict):
+    if options.get("group") is None:
+        return _checked(name, objective, hidden, matrix, labels, options)
+    group = options["group"]
+    _checks.group(group, options.get("vocab_start"))
+    matrix = _shard.own_rows(matrix, group)
+    for part in ("student_bias", "teacher_weight", "teacher_bias"):
+        if options.get(part) is not None:
+            options[part] = _shard.own_rows(options[part], group)
+    options["teacher_logits"] = _shard.teacher_logits(options.get("teacher_logits"), group)
+    with _shard.together(group):
+        return _checked(name, objective, hidden, matrix, labels, options)
+
+
+def _checked(name, objective, hidden, matrix, labels, options: dict):
     options, heads = _options.taken(name, options, Options, LinearOptions)
     if not torch.compiler.is_compiling():
         ops.count_flops()
@@ -97,9 +111,18 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         heads.teacher_softcap,
     )  # fmt: skip
     given, sparse = heads.teacher_logits, isinstance(heads.teacher_logits, SparseTeacher)
+    shard = None
+    if options.group is not None:
+        _checks.head("student", *student[:3], shard=True)
+        shard = heads.agreed(name, objective, hidden, matrix, labels, options)
+        if not sparse:
+            given = _shard.part_of(given, shard, -1)
+        theirs = (_shard.part_of(x, shard, 0) for x in teacher[1:3])
+        teacher = (teacher[0], *theirs, *teacher[3:])
     V, student_dtype, teacher_dtype = _checks.heads(
-        student, teacher, given, options.vocab_mismatch, objective.needs_teacher
+        student, teacher, given, options.vocab_mismatch, objective.needs_teacher, shard
     )
+    vocabulary = V if shard is None else shard.vocabulary
     has_teacher = heads.teacher_hidden is not None or given is not None
     _checks.labels_given(name, objective, labels)
     _checks.rows(labels, options.weight, options.shift, hidden, "student_hidden")
@@ -111,11 +134,12 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         acc = acc if x is None else torch.promote_types(acc, x.dtype)
     backend = _checks.backend(options.backend, hidden)
     rows = _options.rows(
-        objective, hidden, V, labels, options, has_teacher, acc, backend, given if sparse else None
-    )
+        objective, hidden, vocabulary, labels, options, has_teacher, acc, backend,
+        given if sparse else None,
+    )  # fmt: skip
     tail, cells = "", (given, None, None)
     if sparse:
-        tail, cells = given.tail, given.cells(objective, rows, V, options.temperature)
+        tail, cells = given.tail, given.cells(objective, rows, vocabulary, options.temperature)
     given, columns, cell_label = cells
     reduction, codes, weights = options.reduction, rows.codes, rows.weights
     denominator = _reduction.denominator(codes, weights, reduction, options.num_items, acc)
@@ -131,11 +155,13 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         chunk_bytes=heads.chunk_bytes,
         tail=tail,
         backend=backend,
+        shard="" if shard is None else shard.key,
         metrics=options.return_metrics,
     )
+    label = codes if shard is None else shard.labels(codes)
     tensors = (
         *_head(*student, acc, hidden.device), *_head(*teacher, acc, hidden.device),
-        given, codes.view(-1), rows.inv_temperature, rows.parameters, rows.filter_value, columns,
+        given, label.view(-1), rows.inv_temperature, rows.parameters, rows.filter_value, columns,
         cell_label,
     )  # fmt: skip
     if reduction == "none" or heads.recompute or not any(wanted):

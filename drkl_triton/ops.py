@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import _cells, facts, slices, tiled
+from . import _cells, _shard, facts, slices, tiled
 from ._layout import rows_of
 from ._loss import Loss
 from ._objective import program
@@ -34,13 +34,14 @@ def _no_autocast(device: str):
     return contextlib.nullcontext()
 
 
-def _implementation(name: str):
-    """The module with the launchers of a backend; both modules have the same functions."""
+def _implementation(name: str, shard: str = ""):
+    """The launchers of a backend: a module, of which both have the same functions, or of a shard
+    (_shard.agree) an object with these.
+    """
+    module = tiled
     if name == "triton":
-        from . import kernels
-
-        return kernels
-    return tiled
+        from . import kernels as module
+    return _shard.Sharded(module, _shard.of_key(shard)) if shard else module
 
 
 @torch.library.custom_op(
@@ -178,11 +179,11 @@ def _parts(inputs: type, arguments: tuple):
     return inputs(*arguments[:count]), arguments[count:]
 
 
-def loss_of(x, filter_value, V, objective, needs, tail, backend):
+def loss_of(x, filter_value, V, objective, needs, tail, backend, shard):
     """The loss of either kind of inputs ``x``; with objective "" their log-probabilities. tail: of
-    a sparse teacher, or "". backend None: it launches nothing.
+    a sparse teacher, or "". backend None: it launches nothing. V: of the columns that are here.
     """
-    launchers = None if backend is None else _implementation(backend)
+    launchers = None if backend is None else _implementation(backend, shard)
     if not objective:
         return _cells.LogProbs(launchers, x.inv_temperature, V, x.columns.shape[1])
     if tail in ("", "uniform"):
@@ -190,10 +191,10 @@ def loss_of(x, filter_value, V, objective, needs, tail, backend):
     return _cells.of(launchers, objective, needs, x.inv_temperature, V, tail)
 
 
-def _logits_loss(x, V, objective, needs, tail, backend):
+def _logits_loss(x, V, objective, needs, tail, backend, shard):
     """(the loss, the student's rows, the teacher's or its cells)."""
     filter_value = _as_written(x.filter_value, x.teacher)
-    loss = loss_of(x, filter_value, V, objective, needs, tail, backend)
+    loss = loss_of(x, filter_value, V, objective, needs, tail, backend, shard)
     if x.columns is None:
         return loss, rows_of(x.student), rows_of(x.student if x.teacher is None else x.teacher)
     cells = _cells.Cells(x.columns, x.teacher, x.cell_label)
@@ -205,7 +206,8 @@ def _logits_loss(x, V, objective, needs, tail, backend):
     mutates_args=(),
     schema=_schema(
         Inputs,
-        "SymInt V, str objective, int needs, bool metrics, str reduction, str tail, str backend",
+        "SymInt V, str objective, int needs, bool metrics, str reduction, str tail, str backend, "
+        "str shard",
         "(Tensor, Tensor, Tensor, Tensor)",
     ),
 )
@@ -214,8 +216,8 @@ def divergence(*arguments):
     fields of RowMetrics [7, N]); of the last two no elements where there is none. needs: the sums
     (bits of facts.py) of objective and metrics.
     """
-    x, (V, objective, needs, metrics, reduction, tail, backend) = _parts(Inputs, arguments)
-    loss, student, teacher = _logits_loss(x, V, objective, needs, tail, backend)
+    x, (V, objective, needs, metrics, reduction, *rest) = _parts(Inputs, arguments)
+    loss, student, teacher = _logits_loss(x, V, objective, needs, *rest)
     sums, result, denominator, fields = loss.forward(
         student, teacher, x.label, x.parameters, x.weight, x.num_items, metrics, reduction
     )
@@ -226,8 +228,8 @@ def divergence(*arguments):
 
 @divergence.register_fake
 def _(*arguments):
-    x, (V, objective, needs, metrics, reduction, tail, backend) = _parts(Inputs, arguments)
-    loss = loss_of(x, None, V, objective, needs, tail, None)
+    x, (V, objective, needs, metrics, reduction, tail, *_) = _parts(Inputs, arguments)
+    loss = loss_of(x, None, V, objective, needs, tail, None, "")
     N, empty = x.label.numel(), x.inv_temperature.new_empty
     denominator = empty(()) if reduction == "mean" and x.num_items is None else empty(0)
     result = empty((N,) if reduction == "none" else ())
@@ -245,15 +247,15 @@ def _(*arguments):
     schema=_schema(
         Inputs,
         "Tensor? denominator, Tensor sums, Tensor upstream, SymInt V, str objective, int needs, "
-        "str tail, str backend",
+        "str tail, str backend, str shard",
         "Tensor",
     ),
 )
 def divergence_backward(*arguments):
     """The gradient of the student's logits, contiguous. upstream [N] or 0-dim."""
     x, rest = _parts(Inputs, arguments)
-    denominator, sums, upstream, V, objective, needs, tail, backend = rest
-    loss, student, teacher = _logits_loss(x, V, objective, needs, tail, backend)
+    denominator, sums, upstream, *rest = rest
+    loss, student, teacher = _logits_loss(x, *rest)
     out = loss.gradient(
         student, teacher, x.label, x.parameters, sums, upstream, x.weight, denominator
     )
@@ -327,45 +329,48 @@ def _(ids, V):
     return columns, torch.empty(N, dtype=torch.int64, device=ids.device)
 
 
-def _log_probs(columns, codes, inv_temperature, V, backend):
-    loss = _cells.LogProbs(_implementation(backend), inv_temperature, V, columns.shape[1])
+def _log_probs(columns, codes, inv_temperature, V, backend, shard):
+    launchers = _implementation(backend, shard)
+    loss = _cells.LogProbs(launchers, inv_temperature, V, columns.shape[1])
     return loss, _cells.Cells(columns, columns, codes)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::log_probs_at",
     mutates_args=(),
-    schema="(Tensor logits, Tensor columns, Tensor codes, Tensor inv_temperature, str backend) "
-    "-> Tensor",
+    schema="(Tensor logits, Tensor columns, Tensor codes, Tensor inv_temperature, str backend, "
+    "str shard) -> Tensor",
 )
-def log_probs_at(logits, columns, codes, inv_temperature, backend):
-    """The table [2 + K, N] of _cells.LogProbs."""
-    loss, cells = _log_probs(columns, codes, inv_temperature, logits.shape[-1], backend)
+def log_probs_at(logits, columns, codes, inv_temperature, backend, shard):
+    """The table of _cells.LogProbs."""
+    rest = inv_temperature, logits.shape[-1], backend, shard
+    loss, cells = _log_probs(columns, codes, *rest)
     return loss.sums(rows_of(logits), cells, codes, None)
 
 
 @log_probs_at.register_fake
-def _(logits, columns, codes, inv_temperature, backend):
+def _(logits, columns, codes, inv_temperature, backend, shard):
     N, K = columns.shape
-    return inv_temperature.new_empty((2 + K, N))
+    return inv_temperature.new_empty((_cells.TAIL_SUMS + K, N))
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::log_probs_at_backward",
     mutates_args=(),
     schema="(Tensor logits, Tensor columns, Tensor codes, Tensor inv_temperature, Tensor table, "
-    "Tensor grad, str backend) -> Tensor",
+    "Tensor grad, str backend, str shard) -> Tensor",
 )
-def log_probs_at_backward(logits, columns, codes, inv_temperature, table, grad, backend):
+def log_probs_at_backward(logits, columns, codes, inv_temperature, table, grad, backend, shard):
     """The gradient of the logits; grad [K + 1, N] of the cells' log-probabilities."""
-    loss, cells = _log_probs(columns, codes, inv_temperature, logits.shape[-1], backend)
+    rest = inv_temperature, logits.shape[-1], backend, shard
+    loss, cells = _log_probs(columns, codes, *rest)
     upstream = torch.ones_like(table[0])
     out = loss.gradient(rows_of(logits), cells, codes, grad, table, upstream)
     return out.view(logits.shape)
 
 
 @log_probs_at_backward.register_fake
-def _(logits, columns, codes, inv_temperature, table, grad, backend):
+def _(logits, columns, codes, inv_temperature, table, grad, backend, shard):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -408,7 +413,7 @@ class LinearInputs(NamedTuple):
         LinearInputs,
         "Tensor? upstream, Tensor? sums, ScalarType student_dtype, ScalarType? teacher_dtype, "
         "SymInt V, str objective, int needs, bool[] wanted, bool may_skip, SymInt? chunk_bytes, "
-        "str tail, str backend",
+        "str tail, str backend, str shard",
         "Tensor[]",
     ),
 )
@@ -420,7 +425,7 @@ def linear(*arguments):
     """
     x, rest = _parts(LinearInputs, arguments)
     upstream, sums, student_dtype, teacher_dtype, V, objective, needs, *rest = rest
-    wanted, may_skip, chunk_bytes, tail, backend = rest
+    wanted, may_skip, chunk_bytes, tail, backend, shard = rest
 
     def head(hidden, weight, bias, scale, softcap, dtype):
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -437,7 +442,7 @@ def linear(*arguments):
     filter_value = _as_written(x.filter_value, x.teacher_logits)
     with _no_autocast(x.label.device.type):
         found, dhidden, *others = slices.walk(
-            loss_of(x, filter_value, V, objective, needs, tail, backend),
+            loss_of(x, filter_value, V, objective, needs, tail, backend, shard),
             head(*x.student, student_dtype),
             teacher,
             x.label,
@@ -458,7 +463,7 @@ def linear(*arguments):
 @linear.register_fake
 def _(*arguments):
     x, (upstream, sums, _, _, V, objective, needs, wanted, *rest) = _parts(LinearInputs, arguments)
-    loss = loss_of(x, None, V, objective, needs, rest[2], None)
+    loss = loss_of(x, None, V, objective, needs, rest[2], None, "")
     shapes = [
         (loss.table_rows, x.label.numel()) if sums is None else (0,),
         *(

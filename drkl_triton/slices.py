@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from ._cells import Cells
+from ._cells import Cells, shard_of
 from ._layout import rows_in_place, rows_of
 from ._loss import Loss
 from .facts import IGNORED
@@ -211,7 +211,9 @@ class _TeacherCells:
 
     def slice(self, i: int, j: int) -> Cells | Tensor:
         part = self.cells.rows(slice(i, j))
-        return part.spread(self.loss.V, self.loss.inv_temperature) if self.spread else part
+        if not self.spread:
+            return part
+        return part.spread(self.loss.launchers, self.loss.V, self.loss.inv_temperature)
 
 
 class _ModelLogits:
@@ -329,7 +331,10 @@ def walk(
     capped = upstream is not None and student.softcap is not None
     extra = capped and not isinstance(theirs, _ModelLogits)
 
-    columns = -(-V // COLUMNS) * COLUMNS
+    shard = shard_of(loss.launchers)
+    # every rank cuts the rows in the same way
+    widest = V if shard is None else shard.widest
+    columns = -(-widest // COLUMNS) * COLUMNS
     slice_bytes = columns * (acc.itemsize * (1 + extra) + itemsize)
     group_bytes = columns * dtype.itemsize if narrow else 0
     group, height = plan(rows.count, slice_bytes, group_bytes, chunk_bytes)
@@ -397,6 +402,8 @@ def walk(
         return sums, None, None, None
     if factor is not None:
         gradients.scale(1 / scale)
+    if shard is not None and gradients.hidden is not None:
+        shard.reduce(gradients.hidden)
     return sums, gradients.hidden, gradients.weight, gradients.bias
 
 

@@ -5,16 +5,19 @@ docs/sparse-teachers.md says where such teachers come from and what is lost.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _checks, _reduction, ops
+from . import _checks, _reduction, _shard, ops
 from .graph import LinearCall, LinearLogProbsFunction, LogProbsFunction
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ._objective import Objective
     from ._options import Rows
 
@@ -124,6 +127,8 @@ def log_probs_at(
     temperature: float | Tensor = 1.0,
     shift: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     return_tail: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The log-probabilities of K columns a row, and of all others together, in one scan of the
@@ -139,6 +144,8 @@ def log_probs_at(
         shift: next-token form for ``[B, T, V]``: row t gets the ids of row t + 1 (token ids
             ``[..., None]``, say), and the last row has none.
         backend: ``"auto"`` (Triton on a GPU, tiled PyTorch elsewhere), ``"triton"`` or ``"tiled"``.
+        group, vocab_start: of a vocabulary shared over a group's ranks, as in
+            :func:`drkl_triton.reverse_kl`; ids are of the whole vocabulary.
         return_tail: also return the tail.
 
     Returns:
@@ -156,14 +163,30 @@ def log_probs_at(
     The gradient is that of ``logits``, in their dtype. Between forward and backward O(N K) numbers
     are kept; in all the logits are read twice and the gradient is written once.
     """
-    _checks.logits("logits", logits)
-    ids, backend = _ids_of(ids, logits, "logits", temperature, shift, backend, return_tail)
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    inv_temperature = _reduction.inverse(temperature, logits.device, acc)
-    columns, codes = ops.distinct(ids, logits.shape[-1])
-    flat = ids.reshape(-1, ids.shape[-1])
-    found = LogProbsFunction.apply(logits, flat, columns, codes, inv_temperature, backend)
+    logits, group = _shard.of_dtensor("logits", logits, -1, group)
+    _checks.group(group, vocab_start)
+    with _shard.together(group) if group is not None else nullcontext():
+        _checks.logits("logits", logits, group is not None)
+        said = temperature, shift, return_tail
+        ids, backend = _ids_of(ids, logits, "logits", *said, backend)
+        V, key = logits.shape[-1], ""
+        if group is not None:
+            shard = _agreed("log_probs_at", group, vocab_start, logits, ids, V, said)
+            V, key = shard.vocabulary, shard.key
+        acc = torch.promote_types(logits.dtype, torch.float32)
+        inv_temperature = _reduction.inverse(temperature, logits.device, acc)
+        columns, codes = ops.distinct(ids, V)
+        flat = ids.reshape(-1, ids.shape[-1])
+        found = LogProbsFunction.apply(logits, flat, columns, codes, inv_temperature, backend, key)
     return _shaped(found, ids, return_tail)
+
+
+def _agreed(function, group, vocab_start, like, ids, width, said):
+    temperature, shift, return_tail = said
+    said = {"function": function, "ids": [*ids.shape], "dtype": str(like.dtype), "shift": shift}
+    said["temperature"] = "a tensor" if isinstance(temperature, Tensor) else temperature
+    said |= {"return_tail": return_tail}
+    return _shard.agree(group, said, width, vocab_start)
 
 
 def linear_log_probs_at(
@@ -178,6 +201,8 @@ def linear_log_probs_at(
     shift: bool = False,
     chunk_bytes: int | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     return_tail: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`log_probs_at`, from the last hidden states ``[..., H]`` and the output matrix
@@ -187,23 +212,42 @@ def linear_log_probs_at(
     :func:`drkl_triton.linear_reverse_kl`. Rows without an entry are left out before the first
     product, which waits for the device.
     """
+    _checks.group(group, vocab_start)
+    if group is not None:
+        weight, bias = (_shard.own_rows(x, group) for x in (weight, bias))
+    with _shard.together(group) if group is not None else nullcontext():
+        return _linear_log_probs_at(
+            hidden, weight, ids, bias, scale, softcap, temperature, shift, chunk_bytes, backend,
+            group, vocab_start, return_tail,
+        )  # fmt: skip
+
+
+def _linear_log_probs_at(
+    hidden, weight, ids, bias, scale, softcap, temperature, shift, chunk_bytes, backend, group,
+    vocab_start, return_tail,
+):  # fmt: skip
     _checks.head_numbers("", scale, softcap)
     _checks.linear_options(chunk_bytes=chunk_bytes, recompute=False)
-    _checks.head("", hidden, weight, bias)
-    ids, backend = _ids_of(ids, hidden, "hidden", temperature, shift, backend, return_tail)
+    _checks.head("", hidden, weight, bias, None if group is None else True)
+    said = temperature, shift, return_tail
+    ids, backend = _ids_of(ids, hidden, "hidden", *said, backend)
     dtype = _checks.product_dtype("weight", weight, "hidden", hidden)
     acc = torch.float32
     for x in (hidden, weight, bias):
         acc = acc if x is None else torch.promote_types(acc, x.dtype)
-    V, device = weight.shape[0], hidden.device
-    columns, codes = ops.distinct(ids, V)
+    V, device, key = weight.shape[0], hidden.device, ""
+    vocabulary = V
+    if group is not None:
+        shard = _agreed("linear_log_probs_at", group, vocab_start, hidden, ids, V, said)
+        vocabulary, key = shard.vocabulary, shard.key
+    columns, codes = ops.distinct(ids, vocabulary)
     wanted = [
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     ]
     call = LinearCall(
         student_dtype=dtype, teacher_dtype=None, V=V, objective="", needs=0, wanted=tuple(wanted),
-        may_skip=True, chunk_bytes=chunk_bytes, tail="", backend=backend, metrics=False,
+        may_skip=True, chunk_bytes=chunk_bytes, tail="", backend=backend, shard=key, metrics=False,
     )  # fmt: skip
     scale = None if scale == 1 else _reduction.scalar(scale, acc, device)
     softcap = None if softcap is None else _reduction.scalar(softcap, acc, device)
@@ -214,7 +258,7 @@ def linear_log_probs_at(
     return _shaped(found, ids, return_tail)
 
 
-def _ids_of(ids, like, of, temperature, shift, backend, return_tail) -> tuple[Tensor, str]:
+def _ids_of(ids, like, of, temperature, shift, return_tail, backend) -> tuple[Tensor, str]:
     """(the ids of each row, the backend), checked."""
     _checks.positive("temperature", temperature)
     _checks.flag("shift", shift)

@@ -62,10 +62,15 @@ def own_error(name, student, teacher, labels, upstream, *, gamma=0.5, temperatur
 
 def excess(name, student, teacher, labels, upstream, *, backend, **options):
     """(loss, gradient): the largest error over its bound; right means both are at most 1."""
-    ours_fn = losses.ours(name)
     inputs = (student, teacher, labels, upstream)
+    ours = run(losses.ours(name), *inputs, backend=backend, **options)
+    return excess_of(ours, name, *inputs, **options)
+
+
+def excess_of(ours, name, student, teacher, labels, upstream, **options):
+    """As ``excess``, of a (loss, gradient)."""
+    inputs, (ours_loss, ours_grad) = (student, teacher, labels, upstream), ours
     (loss, grad), (loss_b, grad_b) = truth_and_baseline(name, *inputs, **options)
-    ours_loss, ours_grad = run(ours_fn, *inputs, backend=backend, **options)
     eps = torch.finfo(ours_loss.dtype).eps
     out = torch.finfo(student.dtype)
     weights = LOSSES[name].weights(**LOSSES[name].split(options)[0])

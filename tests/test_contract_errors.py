@@ -466,6 +466,8 @@ COMMON = dict(
     support="full",
     filter_value=float("-inf"),
     backend="auto",
+    group=None,
+    vocab_start=None,
     return_metrics=False,
 )
 
@@ -509,7 +511,11 @@ def test_options_for_type_checkers_are_those_of_the_signature(function, options)
     }
     assert keyword.pop("return_metrics") == "bool"
     keyword = {k: v for k, v in keyword.items() if k not in ("gamma", "skew")}
-    names = {"Tensor": torch.Tensor, "SparseTeacher": drkl_triton.SparseTeacher}
+    names = {
+        "Tensor": torch.Tensor,
+        "SparseTeacher": drkl_triton.SparseTeacher,
+        "ProcessGroup": torch.distributed.ProcessGroup,
+    }
     assert typing.get_type_hints(options, localns=names) == {
         name: eval(hint, names) for name, hint in keyword.items()
     }
