@@ -1,7 +1,7 @@
 """Distil small language models on Python's own sources and compare the objectives.
 
-python examples/distill/run.py                 # about ten minutes on two CPU cores
-python examples/distill/run.py --seeds 1       # a third of that, and no intervals
+python examples/distill/run.py                 # ten to twenty-five minutes on two CPU cores
+python examples/distill/run.py --seeds 1       # without intervals
 python examples/distill/run.py --quick         # seconds, to see that it works
 python examples/distill/run.py --device cuda   # with the Triton kernels
 python examples/distill/run.py --teacher-topk 20     # from 20 log-probabilities a token
