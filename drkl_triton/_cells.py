@@ -21,6 +21,7 @@ from . import _reduction, facts
 from ._layout import Rows, rows_of, slices_of
 from ._loss import Loss
 from ._objective import program
+from ._shard import shard_of, vocabulary, widest
 from .algebra import AT, AT_WEIGHT, SUMS
 from .facts import IGNORED, INVALID, NO_LABEL
 from .tiled import new_output
@@ -122,19 +123,14 @@ def _sorted(columns: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return columns, values.gather(1, order)
 
 
-def shard_of(launchers):
-    """The _shard.Shard of launchers that have one."""
-    return getattr(launchers, "shard", None)
-
-
 def of_columns(launchers, student: Rows, columns: Tensor, V: int, acc: torch.dtype) -> Tensor:
     """The logits [N, K] at the columns; -inf where there is none here."""
+    if V == 0:
+        return torch.full(columns.shape, -INF, dtype=acc, device=columns.device)
     shard = shard_of(launchers)
     index = columns.long() - (0 if shard is None else shard.first)
     index = index.view(*student.tensor.shape[:-1], columns.shape[1])
     here = (index >= 0) & (index < V)
-    if V == 0:
-        return torch.full(columns.shape, -INF, dtype=acc, device=columns.device)
     x = student.tensor.gather(-1, torch.where(here, index, 0)).to(acc)
     return torch.where(here, x, -INF).view(columns.shape)
 
@@ -371,14 +367,14 @@ class Spread(NamedTuple):
 
     def _slices(self, student: Rows, cells: Cells, parameters: Tensor | None):
         N, V = cells.label.shape[0], self.loss.V
-        shard = shard_of(self.loss.launchers)
-        widest = V if shard is None else shard.widest
-        height = max(1, SLICE_BYTES // (widest * cells.log_p.element_size()))
+        launchers = self.loss.launchers
+        row_bytes = widest(launchers, V) * cells.log_p.element_size()
+        height = max(1, SLICE_BYTES // row_bytes)
         per_row = parameters is not None and parameters.shape[1] > 1
         for i, j, part in slices_of(student, N, height):
             own = parameters[:, i:j] if per_row else parameters
-            rows = self.loss.launchers, V, self.loss.inv_temperature
-            teacher = cells.rows(slice(i, j)).spread(*rows)
+            rows = cells.rows(slice(i, j))
+            teacher = rows.spread(launchers, V, self.loss.inv_temperature)
             yield slice(i, j), part, rows_of(teacher), own
 
     def forward(
@@ -476,9 +472,8 @@ class LogProbs(NamedTuple):
             g = g * room[:, None]
             torch.reciprocal(room, out=factor)
         # where there is nothing, no gradient goes
-        shard = shard_of(self.launchers)
-        V = self.V if shard is None else shard.vocabulary
-        there = torch.cat([cells.columns < V, (sums[1] > 0)[:, None]], 1)
+        there = cells.columns < vocabulary(self.launchers, self.V)
+        there = torch.cat([there, (sums[1] > 0)[:, None]], 1)
         counts = (there | log_q.isnan()) & (label != IGNORED)[:, None]
         g, log_q = torch.where(counts, g, 0.0), torch.where(counts, log_q, -INF)
         others = g.sum(1, keepdim=True) - g

@@ -235,7 +235,7 @@ def sparse_temperature(teacher, one: bool) -> None:
 # --- hidden states and output matrices ---
 
 
-def head(who: str, hidden, weight, bias, shard=None) -> None:
+def head(who: str, hidden, weight, bias, sharded: bool = False) -> None:
     """The tensors of a model's output layer. who: "student", "teacher", or "" for the only one."""
     names = [f"{who}_{part}".lstrip("_") for part in ("hidden", "weight", "bias")]
     _floats(
@@ -246,7 +246,7 @@ def head(who: str, hidden, weight, bias, shard=None) -> None:
             f"{names[0]} must be [..., H] with at least one column, got shape "
             f"{tuple(hidden.shape)}; pass what goes into the output layer"
         )
-    matrix(names[1], weight, names[0], hidden, shard is not None)
+    matrix(names[1], weight, names[0], hidden, sharded)
     if bias is not None:
         _floats(names[2], bias, "[V]", "pass the output layer's .bias")
         if bias.shape != weight.shape[:1]:
@@ -367,7 +367,8 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: 
     """Both output layers, (hidden, weight, bias, scale, softcap) each; returns (the number of
     columns that count, the dtypes of the student's and of the teacher's matrix product).
     """
-    head("student", *student[:3], shard)
+    sharded = shard is not None
+    head("student", *student[:3], sharded)
     if not _teacher_is_one(*teacher, teacher_logits, needs_teacher):
         dtype = product_dtype("student_weight", student[1], "student_hidden", student[0])
         return student[1].shape[0], dtype, None
@@ -377,13 +378,13 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: 
         cells_of(teacher_logits, hidden, "student_hidden")
         return matrix.shape[0], dtype, None
     if teacher_logits is None:
-        head("teacher", *teacher[:3], shard)
+        head("teacher", *teacher[:3], sharded)
         source, source_name = teacher[0], "teacher_hidden"
         teacher_dtype = product_dtype("teacher_weight", teacher[1], source_name, source)
         sizes = matrix.shape[0], teacher[1].shape[0]
         names = "student_weight", "teacher_weight", ""
     else:
-        logits("teacher_logits", teacher_logits, shard is not None)
+        logits("teacher_logits", teacher_logits, sharded)
         source, source_name, teacher_dtype = teacher_logits, "teacher_logits", None
         sizes = matrix.shape[0], teacher_logits.shape[-1]
         names = "student_weight", "teacher_logits", "; hidden states belong in teacher_hidden"
@@ -397,7 +398,7 @@ def heads(student, teacher, teacher_logits, vocab_mismatch: str, needs_teacher: 
     for name, x in (*theirs, ("teacher_bias", teacher[2]), ("teacher_logits", teacher_logits)):
         if x is not None:
             detached(name, x)
-    if shard is not None:
+    if sharded:
         return same_shard(*sizes, *names[:2], shard), dtype, teacher_dtype
     return vocabulary(*sizes, names, vocab_mismatch), dtype, teacher_dtype
 

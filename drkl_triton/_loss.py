@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import algebra, facts, objectives
 from ._objective import Objective, Program, program
+from ._shard import vocabulary
 from .algebra import AT, AT_WEIGHT, SUMS, formula_arguments
 
 if TYPE_CHECKING:
@@ -104,9 +105,7 @@ class Loss(NamedTuple):
                 total = total[0] + own[0], total[1] + own[1]
             return total
 
-        shard = getattr(self.launchers, "shard", None)
-        V = self.V if shard is None else shard.vocabulary
-        low = torch.log((1 - head) / (V + len(logs)))
+        low = torch.log((1 - head) / (vocabulary(self.launchers, self.V) + len(logs)))
         high = torch.zeros_like(low)
         for _ in range(SWEEPS):
             third = (high - low) / 3

@@ -86,7 +86,7 @@ class Sharded:
         return getattr(self.module, name)
 
     def row_sums(self, student, teacher, label, inv_temperature, V, *, needs, **options) -> Tensor:
-        acc = inv_temperature.dtype
+        acc, unread = inv_temperature.dtype, (label == IGNORED) | (label == INVALID)
         if V:
             rows = student, teacher, label, inv_temperature, V
             own = self.module.row_sums(*rows, needs=needs, **options)
@@ -94,8 +94,7 @@ class Sharded:
             own = torch.zeros((SUMS, label.numel()), dtype=acc, device=label.device)
             own[[AT.m_s, AT.m_t]] = torch.finfo(acc).min
             own[[AT.s_label, AT.t_label]] = -INF
-            own[:, (label == IGNORED) | (label == INVALID)] = 0.0
-        unread = (label == IGNORED) | (label == INVALID)
+            own[:, unread] = 0.0
         # NaN travels in the sums; where there is nothing, the maximum may be anything
         for m, d, at_label in (AT.m_s, AT.d_s, AT.s_label), (AT.m_t, AT.d_t, AT.t_label):
             bad = own[m].isnan() | own[at_label].isnan()
@@ -146,6 +145,23 @@ class Sharded:
             return out
         shape = label.numel(), student.tensor.shape[-1]
         return student.tensor.new_zeros(shape)
+
+
+def shard_of(launchers) -> Shard | None:
+    """Of launchers that have one."""
+    return getattr(launchers, "shard", None)
+
+
+def vocabulary(launchers, V: int) -> int:
+    """The columns of all ranks, where V are here."""
+    shard = shard_of(launchers)
+    return V if shard is None else shard.vocabulary
+
+
+def widest(launchers, V: int) -> int:
+    """The most columns that a rank has, where V are here."""
+    shard = shard_of(launchers)
+    return V if shard is None else shard.widest
 
 
 def part_of(teacher: Tensor | None, shard: Shard, dim: int) -> Tensor | None:

@@ -195,6 +195,11 @@ def clean(x, is_nan, ignored):
     return tl.where(ignored, 0.0, tl.where(is_nan, float("nan"), x))
 
 
+def is_column(label):
+    """Of the vocabulary, here or on another rank."""
+    return (label >= 0) | (label == ELSEWHERE)
+
+
 def facts(sums, label, inv_temperature, NEEDS: tl.constexpr):
     """(Facts, Row). Edges are decided by the raw logits and by what the scan saw of them. A sum, a
     log-odds or an exponential that has overflowed or underflowed decides nothing: logits may be the
@@ -203,7 +208,7 @@ def facts(sums, label, inv_temperature, NEEDS: tl.constexpr):
     d_s, d_t = sums.d_s, sums.d_t
     log_d, log_dt = tl.log(d_s), tl.log(d_t)
     empty, empty_t = d_s == 0, d_t == 0
-    has_label = (label >= 0) | (label == ELSEWHERE)
+    has_label = is_column(label)
     ratio = divided(sums.a, d_s) * PER_UNIT
     mean = divided(sums.h, d_s) * PER_UNIT
     qp = ratio * inv_temperature + tl.where(empty, 0.0, log_dt - log_d)
@@ -337,7 +342,7 @@ def losses(
 ):  # fmt: skip
     """The loss of a row, then, with METRICS, the other fields of RowMetrics."""
     f, row = facts(sums, label, inv_temperature, NEEDS)
-    has_label, ignored = (label >= 0) | (label == ELSEWHERE), label == IGNORED
+    has_label, ignored = is_column(label), label == IGNORED
     S, is_inf = objective(f, row, x, TERMS, PHIS)
     loss = clean(tl.where(is_inf, INF, S.loss), row.is_nan, ignored)
     target = loss
@@ -414,7 +419,7 @@ def weights(
     else:
         level_rest += cool
         at_label += times(cool_y, upstream * inv_temperature)
-    has_label = (label >= 0) | (label == ELSEWHERE)
+    has_label = is_column(label)
     nothing = has_label & (sums.d_s == 0) & (at_label == 0)  # the label is all that there is
     is_inf = is_inf | ~(tl.abs(g_y) < INF)
     # a row that the caller weighs with 0 (num_items=0, say) has gradient 0, whatever it holds

@@ -169,8 +169,8 @@ def _loss(name, objective, student, teacher, labels, options: dict):
     if options.get("group") is None:
         return _checked(name, objective, student, teacher, labels, options)
     _checks.group(options["group"], options.get("vocab_start"))
-    teacher = _shard.teacher_logits(teacher, options["group"])
     with _shard.together(options["group"]):
+        teacher = _shard.teacher_logits(teacher, options["group"])
         return _checked(name, objective, student, teacher, labels, options)
 
 
@@ -206,7 +206,7 @@ def _checked(name, objective, student, teacher, labels, options: dict):
     has_teacher = teacher is not None
     rows = _options.rows(
         objective, student, vocabulary, labels, options, has_teacher, acc, backend,
-        teacher if isinstance(teacher, SparseTeacher) else None,
+        teacher if sparse else None,
     )  # fmt: skip
     tail, cells = "", (teacher, None, None)
     if isinstance(teacher, SparseTeacher):
@@ -215,20 +215,14 @@ def _checked(name, objective, student, teacher, labels, options: dict):
     num_items = options.num_items
     if num_items is not None:
         num_items = _reduction.scalar(num_items, acc, student.device)
+    label, key = rows.codes, ""
+    if shard is not None:
+        label, key = shard.labels(label), shard.key
     loss, fields = DivergenceFunction.apply(
-        Call(
-            V,
-            objective.key,
-            rows.needs,
-            metrics,
-            reduction,
-            tail,
-            backend,
-            "" if shard is None else shard.key,
-        ),  # fmt: skip
+        Call(V, objective.key, rows.needs, metrics, reduction, tail, backend, key),
         student,
         teacher,
-        (rows.codes if shard is None else shard.labels(rows.codes)).view(-1),
+        label.view(-1),
         rows.inv_temperature,
         rows.parameters,
         rows.filter_value,

@@ -91,12 +91,11 @@ def _loss(name, objective, hidden, matrix, labels, options: dict):
         return _checked(name, objective, hidden, matrix, labels, options)
     group = options["group"]
     _checks.group(group, options.get("vocab_start"))
-    matrix = _shard.own_rows(matrix, group)
-    for part in ("student_bias", "teacher_weight", "teacher_bias"):
-        if options.get(part) is not None:
-            options[part] = _shard.own_rows(options[part], group)
-    options["teacher_logits"] = _shard.teacher_logits(options.get("teacher_logits"), group)
     with _shard.together(group):
+        matrix = _shard.own_rows(matrix, group)
+        for part in ("student_bias", "teacher_weight", "teacher_bias"):
+            options[part] = _shard.own_rows(options.get(part), group)
+        options["teacher_logits"] = _shard.teacher_logits(options.get("teacher_logits"), group)
         return _checked(name, objective, hidden, matrix, labels, options)
 
 
@@ -113,7 +112,7 @@ def _checked(name, objective, hidden, matrix, labels, options: dict):
     given, sparse = heads.teacher_logits, isinstance(heads.teacher_logits, SparseTeacher)
     shard = None
     if options.group is not None:
-        _checks.head("student", *student[:3], shard=True)
+        _checks.head("student", *student[:3], sharded=True)
         shard = heads.agreed(name, objective, hidden, matrix, labels, options)
         if not sparse:
             given = _shard.part_of(given, shard, -1)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from ._cells import Cells, shard_of
+from ._cells import Cells
 from ._layout import rows_in_place, rows_of
 from ._loss import Loss
+from ._shard import shard_of, widest
 from .facts import IGNORED
 
 if TYPE_CHECKING:
@@ -331,10 +332,8 @@ def walk(
     capped = upstream is not None and student.softcap is not None
     extra = capped and not isinstance(theirs, _ModelLogits)
 
-    shard = shard_of(loss.launchers)
     # every rank cuts the rows in the same way
-    widest = V if shard is None else shard.widest
-    columns = -(-widest // COLUMNS) * COLUMNS
+    columns = -(-widest(loss.launchers, V) // COLUMNS) * COLUMNS
     slice_bytes = columns * (acc.itemsize * (1 + extra) + itemsize)
     group_bytes = columns * dtype.itemsize if narrow else 0
     group, height = plan(rows.count, slice_bytes, group_bytes, chunk_bytes)
@@ -402,7 +401,7 @@ def walk(
         return sums, None, None, None
     if factor is not None:
         gradients.scale(1 / scale)
-    if shard is not None and gradients.hidden is not None:
+    if (shard := shard_of(loss.launchers)) and gradients.hidden is not None:
         shard.reduce(gradients.hidden)
     return sums, gradients.hidden, gradients.weight, gradients.bias
 

@@ -213,48 +213,39 @@ def linear_log_probs_at(
     product, which waits for the device.
     """
     _checks.group(group, vocab_start)
-    if group is not None:
-        weight, bias = (_shard.own_rows(x, group) for x in (weight, bias))
     with _shard.together(group) if group is not None else nullcontext():
-        return _linear_log_probs_at(
-            hidden, weight, ids, bias, scale, softcap, temperature, shift, chunk_bytes, backend,
-            group, vocab_start, return_tail,
+        if group is not None:
+            weight, bias = (_shard.own_rows(x, group) for x in (weight, bias))
+        _checks.head_numbers("", scale, softcap)
+        _checks.linear_options(chunk_bytes=chunk_bytes, recompute=False)
+        _checks.head("", hidden, weight, bias, group is not None)
+        said = temperature, shift, return_tail
+        ids, backend = _ids_of(ids, hidden, "hidden", *said, backend)
+        dtype = _checks.product_dtype("weight", weight, "hidden", hidden)
+        acc = torch.float32
+        for x in (hidden, weight, bias):
+            acc = acc if x is None else torch.promote_types(acc, x.dtype)
+        V, device, key = weight.shape[0], hidden.device, ""
+        vocabulary = V
+        if group is not None:
+            shard = _agreed("linear_log_probs_at", group, vocab_start, hidden, ids, V, said)
+            vocabulary, key = shard.vocabulary, shard.key
+        columns, codes = ops.distinct(ids, vocabulary)
+        wanted = [
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (hidden, weight, bias)
+        ]
+        call = LinearCall(
+            student_dtype=dtype, teacher_dtype=None, V=V, objective="", needs=0,
+            wanted=tuple(wanted), may_skip=True, chunk_bytes=chunk_bytes, tail="",
+            backend=backend, shard=key, metrics=False,
         )  # fmt: skip
-
-
-def _linear_log_probs_at(
-    hidden, weight, ids, bias, scale, softcap, temperature, shift, chunk_bytes, backend, group,
-    vocab_start, return_tail,
-):  # fmt: skip
-    _checks.head_numbers("", scale, softcap)
-    _checks.linear_options(chunk_bytes=chunk_bytes, recompute=False)
-    _checks.head("", hidden, weight, bias, None if group is None else True)
-    said = temperature, shift, return_tail
-    ids, backend = _ids_of(ids, hidden, "hidden", *said, backend)
-    dtype = _checks.product_dtype("weight", weight, "hidden", hidden)
-    acc = torch.float32
-    for x in (hidden, weight, bias):
-        acc = acc if x is None else torch.promote_types(acc, x.dtype)
-    V, device, key = weight.shape[0], hidden.device, ""
-    vocabulary = V
-    if group is not None:
-        shard = _agreed("linear_log_probs_at", group, vocab_start, hidden, ids, V, said)
-        vocabulary, key = shard.vocabulary, shard.key
-    columns, codes = ops.distinct(ids, vocabulary)
-    wanted = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden, weight, bias)
-    ]
-    call = LinearCall(
-        student_dtype=dtype, teacher_dtype=None, V=V, objective="", needs=0, wanted=tuple(wanted),
-        may_skip=True, chunk_bytes=chunk_bytes, tail="", backend=backend, shard=key, metrics=False,
-    )  # fmt: skip
-    scale = None if scale == 1 else _reduction.scalar(scale, acc, device)
-    softcap = None if softcap is None else _reduction.scalar(softcap, acc, device)
-    found = LinearLogProbsFunction.apply(
-        call, ids.reshape(-1, ids.shape[-1]), hidden, weight, bias, scale, softcap, *[None] * 6,
-        codes, _reduction.inverse(temperature, device, acc), None, None, columns, None,
-    )  # fmt: skip
+        scale = None if scale == 1 else _reduction.scalar(scale, acc, device)
+        softcap = None if softcap is None else _reduction.scalar(softcap, acc, device)
+        found = LinearLogProbsFunction.apply(
+            call, ids.reshape(-1, ids.shape[-1]), hidden, weight, bias, scale, softcap, *[None] * 6,
+            codes, _reduction.inverse(temperature, device, acc), None, None, columns, None,
+        )  # fmt: skip
     return _shaped(found, ids, return_tail)
 
 
