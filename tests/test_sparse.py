@@ -2,6 +2,9 @@
 reference.py: losses over cells, and log_probs_at.
 """
 
+import sys
+from pathlib import Path
+
 import bounds
 import losses
 import pytest
@@ -25,6 +28,9 @@ from drkl_triton import (
 )
 from drkl_triton._layout import rows_of
 from drkl_triton.facts import plus, scaled
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from timing import allocations  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
 TAILS = ("bucket", "renormalise", "drop", "uniform")
@@ -753,16 +759,9 @@ def test_sampled_teacher_counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_is_all_that_is_of_the_size_of_the_logits(dtype):
     """Besides it there is scratch of up to 12.6 MB."""
-    from torch.profiler import ProfilerActivity, profile
-
     N, V = 64, 262144
     student = torch.randn(N, V).to(dtype).requires_grad_()
     teacher = drkl_triton.teacher_topk(torch.randn(N, V), 20)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as of:
+    with allocations(student.device) as memory:
         drkl_triton.forward_kl(student, teacher).backward()
-    total, peak = 0, 0
-    events = [e for e in of.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    assert student.grad.nbytes <= peak <= student.grad.nbytes + 14e6
+    assert student.grad.nbytes <= memory.peak <= student.grad.nbytes + 14e6

@@ -122,6 +122,14 @@ def summarise_tokens(parts):
 # --- samples and their diversity ---
 
 
+def draw(logits, generator):
+    """[N, 1]: a token for each row of logits [N, V], by one uniform number of the generator."""
+    total = logits.double().softmax(-1).cumsum(-1)
+    u = torch.rand(len(total), 1, generator=generator, dtype=total.dtype, device=generator.device)
+    u = u.to(total.device) * total[:, -1:]
+    return torch.searchsorted(total, u, right=True).clamp_max(logits.shape[-1] - 1)
+
+
 @torch.no_grad()
 def sample(model, prompts, per_prompt, length, seed):
     """[P, per_prompt, length]: continuations of prompts [P, L], drawn from the whole distribution.
@@ -132,12 +140,9 @@ def sample(model, prompts, per_prompt, length, seed):
     generator = torch.Generator(device=prompts.device).manual_seed(seed)
     caches = [{} for _ in model.blocks]
     tokens = prompts.repeat_interleave(per_prompt, 0)
-    last = model.config.vocab - 1
     new = []
     for _ in range(length):
-        total = model(tokens, caches)[:, -1].double().softmax(-1).cumsum(-1)
-        u = torch.rand(len(total), 1, generator=generator, dtype=total.dtype, device=total.device)
-        tokens = torch.searchsorted(total, u * total[:, -1:], right=True).clamp_max(last)
+        tokens = draw(model(tokens, caches)[:, -1], generator)
         new.append(tokens)
     return torch.cat(new, 1).view(len(prompts), per_prompt, length)
 

@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
 from data import SMALLEST_VOCAB, InputError
+from progress import say
 from train import NAMES, make_linear_objective, make_objective
 
 # Sizes, and what --quick makes of them. An option on the command line outranks both columns.
@@ -135,6 +137,19 @@ def check(args):
             f"--linear is for objectives with a teacher, got {' '.join(args.objectives)}; add one "
             "of them or drop --linear"
         )
+
+
+def exit_status(script, work):
+    """Of work(), with what the user can put right said in a line."""
+    try:
+        work()
+    except InputError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("\ninterrupted; the same command goes on from what is done")
+        return 130
+    return 0
 
 
 def open_folder(out):

@@ -342,18 +342,14 @@ def write(results, demo):
 def main(argv=None):
     args = options.parse(__doc__, argv)
     start = time.monotonic()
-    try:
+
+    def work():
         demo = Demo(args)
         results = demo.run()
         results["seconds"]["this_run"] = time.monotonic() - start
         write(results, demo)
-    except InputError as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("\ninterrupted; the same command goes on from what is done")
-        return 130
-    return 0
+
+    return options.exit_status("run.py", work)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,13 @@ the mean over documents is that over tokens.
 from dataclasses import dataclass
 
 import numpy as np
-from report import t_quantile
+from report import Metric, t_quantile
 
 DRAWS = 2000
 LEVEL = 95
 
 
-@dataclass(frozen=True)
-class Metric:
-    key: str
-    label: str
-    unit: str = ""
-    aim: str = ""  # "lower", "higher", "0", or "" where neither end is better in itself
-    scale: float = 1.0
-    of_prompts: bool = False
-
-
-METRICS = (
+OF_DOCUMENTS = (
     Metric("cross_entropy", "cross-entropy", "nats", "lower"),
     Metric("kl_teacher_student", "KL(p‖q)", "nats", "lower"),
     Metric("kl_student_teacher", "KL(q‖p)", "nats", "lower"),
@@ -34,12 +24,15 @@ METRICS = (
     Metric("calibration_error", "ECE", "% points", "lower", 100.0),
     Metric("entropy", "entropy", "nats"),
     Metric("label_probability", "probability of the label", "%", "higher", 100.0),
-    Metric("distinct_1", "Distinct-1", "", "", 1.0, True),
-    Metric("distinct_2", "Distinct-2", "", "", 1.0, True),
-    Metric("self_bleu", "self-BLEU", "", "", 1.0, True),
-    Metric("repetition", "repeated 4-grams", "%", "", 100.0, True),
-    Metric("fidelity", "log p(sample), teacher", "nats/token", "higher", 1.0, True),
 )
+OF_PROMPTS = (
+    Metric("distinct_1", "Distinct-1", ""),
+    Metric("distinct_2", "Distinct-2", ""),
+    Metric("self_bleu", "self-BLEU", ""),
+    Metric("repetition", "repeated 4-grams", "%", "", 100.0),
+    Metric("fidelity", "log p(sample), teacher", "nats/token", "higher"),
+)
+METRICS = (*OF_DOCUMENTS, *OF_PROMPTS)
 BY_KEY = {metric.key: metric for metric in METRICS}
 
 
@@ -47,7 +40,7 @@ def table(run, metric):
     """[units, columns] of a run, and what makes one number of a mean over units: of the documents,
     or of the prompts.
     """
-    if metric.of_prompts:
+    if metric in OF_PROMPTS:
         return np.array([[row[metric.key]] for row in run["prompts"]])
     rows = [run["documents"][name] for name in sorted(run["documents"])]
     if metric.key == "calibration_error":
@@ -55,8 +48,6 @@ def table(run, metric):
         return np.array([[b["count"], b["confidence"], b["accuracy"]] for b in bins]).reshape(
             len(rows), -1
         )
-    if metric.key == "overconfidence":
-        return np.array([[row["confidence"] - row["accuracy"]] for row in rows])
     return np.array([[row[metric.key]] for row in rows])
 
 

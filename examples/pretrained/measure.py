@@ -1,11 +1,11 @@
 """What is measured of a student: on held-out documents, over training, and of its samples."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import smollm
 import torch
 import torch.nn.functional as F
-from evaluate import distinct, ngrams, reliability_bins, self_bleu, token_metrics
+from evaluate import distinct, draw, ngrams, self_bleu, summarise_tokens, token_metrics
 from transformers import DynamicCache
 
 from drkl_triton import linear_reverse_kl
@@ -14,30 +14,25 @@ BATCH = 2  # windows: float32 logits of V = 49,152 are 50 MB then
 REPEATED = 4  # n of the repeated n-grams
 
 
-@torch.no_grad()
-def documents(student, setting, windows):
-    """{document: {"tokens", the mean of each of evaluate.token_metrics, "reliability"}}."""
-    found = defaultdict(list)
+def _batches(setting, windows):
     for i in range(0, len(windows), BATCH):
         batch = windows[i : i + BATCH]
-        tokens = torch.stack([window.tokens for window in batch]).to(setting.device)
-        given = setting.cache.batch([window.key for window in batch])
-        teacher = F.linear(given.to(setting.device, torch.float32), setting.teacher_matrix)
+        yield batch, *setting.tensors(batch)
+
+
+@torch.no_grad()
+def documents(student, setting, windows):
+    """{document: what evaluate.summarise_tokens makes of its tokens}"""
+    found = defaultdict(list)
+    for batch, tokens, given in _batches(setting, windows):
+        teacher = F.linear(given, setting.teacher_matrix)
         logits = F.linear(smollm.hidden(student, tokens), smollm.matrix(student))
         metrics = token_metrics(logits, teacher, tokens)
         per_window = tokens.shape[1] - 1
         for j, window in enumerate(batch):
             own = slice(j * per_window, (j + 1) * per_window)
             found[window.document].append({k: v[own].cpu() for k, v in metrics.items()})
-    return {document: _of_document(parts) for document, parts in found.items()}
-
-
-def _of_document(parts):
-    tokens = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    mean = {key: values.double().mean().item() for key, values in tokens.items()}
-    mean["tokens"] = len(tokens["confidence"])
-    mean["reliability"] = reliability_bins(tokens["confidence"], tokens["accuracy"])
-    return mean
+    return {document: summarise_tokens(parts) for document, parts in found.items()}
 
 
 @torch.no_grad()
@@ -48,14 +43,11 @@ def pull(student, setting, windows):
     its derivative is -q_y (1 - q_y) N. Descent follows it upwards: the pull is its size.
     """
     rows = []
-    for i in range(0, len(windows), BATCH):
-        batch = windows[i : i + BATCH]
-        tokens = torch.stack([window.tokens for window in batch]).to(setting.device)
-        given = setting.cache.batch([window.key for window in batch])
+    for _, tokens, given in _batches(setting, windows):
         _, row = linear_reverse_kl(
             smollm.hidden(student, tokens), smollm.matrix(student), tokens, shift=True,
-            teacher_hidden=given.to(setting.device, torch.float32),
-            teacher_weight=setting.teacher_matrix, reduction="none", return_metrics=True,
+            teacher_hidden=given, teacher_weight=setting.teacher_matrix, reduction="none",
+            return_metrics=True,
         )  # fmt: skip
         names = "loss", "nontarget_kl", "student_target_prob", "teacher_target_prob"
         rows.append(torch.stack([getattr(row, name)[:, :-1].flatten() for name in names]))
@@ -80,10 +72,7 @@ def sample(model, prompts, count, length, seed):
     for _ in range(length):
         out = model.model(input_ids=tokens, cache=past, use_cache=True)
         logits = F.linear(out.last_hidden_state[:, -1], smollm.matrix(model))
-        total = logits.double().softmax(-1).cumsum(-1)
-        u = torch.rand(len(total), 1, generator=generator, dtype=total.dtype).to(total.device)
-        tokens = torch.searchsorted(total, u * total[:, -1:], right=True)
-        tokens = tokens.clamp_max(total.shape[-1] - 1)
+        tokens = draw(logits, generator)
         new.append(tokens)
     return torch.cat(new, 1).view(len(prompts), count, length)
 
@@ -122,11 +111,3 @@ def samples(prompts, teacher, drawn):
             }
         )
     return found
-
-
-def mean_of(rows):
-    """Of [{metric: number}]."""
-    total = Counter()
-    for row in rows:
-        total.update(row)
-    return {key: value / len(rows) for key, value in total.items()}

@@ -1,31 +1,16 @@
 """The figures: differences with intervals, the plane of fidelity and diversity, and the pull."""
 
-import matplotlib
 import numpy as np
+from figures import COLOURS, MARKERS, finish, panel, plt
 from intervals import BY_KEY, METRICS, interval, value
 from report import t_quantile
 from student import BASELINE, OBJECTIVES
 from summary import differences
 
-matplotlib.use("Agg")  # files only, also where there is no display
-import matplotlib.pyplot as plt  # noqa: E402
-
-# Okabe and Ito's palette, distinct with every common colour blindness; markers say it again.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
 
 def style(name):
     i = list(OBJECTIVES).index(name)
-    return {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
-
-
-def panel(axes, xlabel, ylabel, title=None):
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, fontsize="medium")
-    axes.grid(alpha=0.25)
-    axes.locator_params(axis="x", nbins=4)
-    axes.spines[["top", "right"]].set_visible(False)
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def plot_differences(results):
@@ -56,9 +41,8 @@ def plot_differences(results):
             reach = max(reach, abs(low), abs(high))
         reach = reach or 1.0
         axes.set_xlim(-1.1 * reach, 1.1 * reach)
-        unit = f" ({metric.unit})" if metric.unit else ""
         aim = {"lower": "left is better", "higher": "right is better", "": "no better end"}
-        panel(axes, f"Δ {metric.label}{unit}", "", aim.get(metric.aim, "0 is best"))
+        panel(axes, f"Δ {metric.axis}", "", aim.get(metric.aim, "0 is best"))
     grid[0, 0].set_yticks(range(len(labels)), labels)
     grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)
     figure.suptitle(
@@ -131,7 +115,6 @@ def write(results, folder):
     for name, plot in plots.items():
         figure = plot(results)
         if figure is not None:
-            figure.savefig(folder / name, dpi=130)
-            plt.close(figure)
+            finish(figure, folder / name)
             written.append(name)
     return written

@@ -51,6 +51,15 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
 
+    def tokens(self, windows):
+        """[B, T]"""
+        return torch.stack([window.tokens for window in windows]).to(self.device)
+
+    def tensors(self, windows):
+        """(tokens [B, T], the teacher's hidden states [B, T, H])"""
+        hidden = self.cache.batch([window.key for window in windows])
+        return self.tokens(windows), hidden.to(self.device, torch.float32)
+
 
 def loss_of(compared, student, tokens, teacher_hidden, setting):
     """The mean over the predicted tokens of windows [B, T]; cross-entropy if compared is None."""
@@ -98,12 +107,10 @@ def train(student, compared, order, lr, setting, *, look=None, looks=0, desc="")
     with progress(steps, desc) as bar:
         for step in range(steps):
             batch = order[step * setting.batch : (step + 1) * setting.batch]
-            tokens = torch.stack([window.tokens for window in batch]).to(setting.device)
-            teacher_hidden = None
+            asked = setting.tokens(batch), None
             if compared is not None:
-                teacher_hidden = setting.cache.batch([window.key for window in batch])
-                teacher_hidden = teacher_hidden.to(setting.device, torch.float32)
-            loss = loss_of(compared, student, tokens, teacher_hidden, setting)
+                asked = setting.tensors(batch)
+            loss = loss_of(compared, student, *asked, setting)
             norm = descend(loss, student, optimizer, config.lr_at(step))
             rows.append(torch.stack([loss.detach(), norm]))
             if looks and step + 1 in config.evaluation_steps():

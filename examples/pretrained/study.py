@@ -29,7 +29,7 @@ try:
     import text
     import torch
     from data import InputError
-    from options import choose_dtype, open_device, writable
+    from options import attribute, choose_dtype, exit_status, open_device, writable
     from progress import progress, say
     from report import as_json, versions
     from student import BASELINE, MAIN, OBJECTIVES, Setting, loss_of
@@ -62,10 +62,6 @@ SIZES = {
 LRS = (1e-4, 3e-4, 1e-3)
 START_LR = 1e-3
 LOOKED_AT = (BASELINE, "drkl:0.5")
-
-
-def attribute(name):
-    return name.replace("-", "_")
 
 
 def parse(argv=None):
@@ -256,9 +252,8 @@ class Study:
     def own_value(self, student, compared):
         total, windows = 0.0, self.windows["validation"]
         for window in windows:
-            given = self.setting.cache.batch([window.key]).to(self.device, torch.float32)
-            tokens = window.tokens[None].to(self.device)
-            total += loss_of(compared, student, tokens, given, self.setting).item()
+            asked = self.setting.tensors([window])
+            total += loss_of(compared, student, *asked, self.setting).item()
         return total / len(windows)
 
     def train_students(self, lrs):
@@ -340,19 +335,14 @@ def commit():
 
 
 def main(argv=None):
-    try:
+    def work():
         args = parse(argv)
         results = Study(args).run()
         names = [*summary.write(results, args.out), *pictures.write(results, args.out)]
         print(summary.tables(results))
         print(f"\nWritten to {args.out}: {', '.join(names)}")
-    except InputError as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("\ninterrupted; the same command goes on from what is done")
-        return 130
-    return 0
+
+    return exit_status("study.py", work)
 
 
 if __name__ == "__main__":

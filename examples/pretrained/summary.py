@@ -53,11 +53,6 @@ def shown(metric, i, signed=False):
     return f"{number(metric, i.mean, signed)} [{low}, {high}]" + ("*" if signed and i.apart else "")
 
 
-def head(metric):
-    aim = {"lower": " ↓", "higher": " ↑", "0": " →0", "": ""}[metric.aim]
-    return metric.label + (f" ({metric.unit})" if metric.unit else "") + aim
-
-
 def markdown(header, body):
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -71,7 +66,7 @@ def tables(results):
     found, minus = means(results), differences(results)
     extra = [("teacher", results["teacher"]), ("start", results["start"])]
     body = [
-        [head(m), *(number(m, value(run, m)) for _, run in extra),
+        [m.row, *(number(m, value(run, m)) for _, run in extra),
          *(shown(m, found[name][m.key]) for name in names)]
         for m in METRICS
     ]  # fmt: skip
@@ -84,7 +79,7 @@ def tables(results):
         markdown(["held-out text", *(n for n, _ in extra), *labels], [seeds, rates, *body]),
     ]
     if minus:
-        body = [[head(m), *(shown(m, minus[name][m.key], True) for name in minus)] for m in METRICS]
+        body = [[m.row, *(shown(m, minus[name][m.key], True) for name in minus)] for m in METRICS]
         count = len(minus) * len(METRICS)
         others = [OBJECTIVES[name].label for name in minus]
         parts += [
