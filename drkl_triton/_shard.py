@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ from .algebra import AT, SUMS, moved
 from .facts import ELSEWHERE, IGNORED, INVALID
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
 
 INF = float("inf")
@@ -61,10 +64,14 @@ class Shard:
 
     # --- collectives ---
 
+    def start(self, x: Tensor, op: str = "SUM") -> Callable[[], None]:
+        """Begin to reduce x over the ranks, in place; what is returned waits for the result."""
+        meeting = _meeting(self.group)
+        return partial(meeting.finish, meeting.start(x, getattr(dist.ReduceOp, op)))
+
     def reduce(self, x: Tensor, op: str = "SUM") -> Tensor:
         """x, over the ranks, in place."""
-        op = getattr(dist.ReduceOp, op)
-        finish(self.group, dist.all_reduce(x, op, group=self.group, async_op=True), x)
+        self.start(x, op)()
         return x
 
     def largest(self, x: Tensor) -> Tensor:
@@ -244,6 +251,8 @@ class _Meeting:
         self.group, self.ranks = group, dist.get_process_group_ranks(group)
         self.rank, self.count, self.known = dist.get_rank(group), 0, {}
         self.current: dict = {}  # what this rank is in the middle of
+        self.started = 0  # collectives
+        self.travelling: dict = {}  # of them, by number, those not waited for: (work, tensor)
         self.name = f"drkl_triton/{group.group_name}/{'-'.join(map(str, self.ranks))}"
         self.store = dist.PrefixStore(self.name, dist.distributed_c10d._get_default_store())
 
@@ -252,7 +261,11 @@ class _Meeting:
         many seconds.
         """
         self.count += 1
-        self.store.set(f"{self.count}/{self.rank}", json.dumps(said))
+        waits = {
+            number: [[*x.shape], str(x.dtype).removeprefix("torch.")]
+            for number, (_, x) in self.travelling.items()
+        }
+        self.store.set(f"{self.count}/{self.rank}", json.dumps(said | {"_waits": waits}))
         keys = [f"{self.count}/{rank}" for rank in range(len(self.ranks))]
         end = time.monotonic() + patience
         while not self.store.check(keys):
@@ -266,6 +279,48 @@ class _Meeting:
         others = [rank for rank in range(len(self.ranks)) if rank != self.rank]
         return any(self.store.check([f"{self.count + 1}/{rank}"]) for rank in others)
 
+    def start(self, x: Tensor, op=dist.ReduceOp.SUM) -> int:
+        """Begin to reduce x in place; the collective's number."""
+        self.started += 1
+        work = dist.all_reduce(x, op, group=self.group, async_op=True)
+        self.travelling[self.started] = work, x
+        return self.started
+
+    def finish(self, number: int) -> None:
+        """Wait for a collective. On a CPU it is watched meanwhile: a rank that has called something
+        else does not come, and is waiting itself until it is told.
+        """
+        work, x = self.travelling[number]
+        if x.device.type == "cpu":
+            self._watch(work)
+        work.wait()
+        del self.travelling[number]
+
+    def _watch(self, work) -> None:
+        start = looked = time.monotonic()
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - looked > 1.0:
+                looked = now
+                if self.someone_waits():
+                    self.compare(self.announce(self.current))
+            if now - start > 2e-4:
+                time.sleep(min(POLL, (now - start) / 10))
+
+    def compare(self, said: list[dict]) -> None:
+        """An error, on every rank the same, where the ranks say different things."""
+        if not (said and (why := _disagreement(said))):
+            return
+        # Collectives that some wait in must not be left there: they would take what comes next.
+        waits = {int(k): x for one in said for k, x in one["_waits"].items()}
+        for number in range(self.started + 1, max(waits, default=0) + 1):
+            shape, dtype = waits[number]
+            self.start(torch.zeros(shape, dtype=getattr(torch, dtype)))
+        for work, _ in self.travelling.values():
+            work.wait()
+        self.travelling.clear()
+        raise Disagreement(why)
+
 
 _meetings: dict[ProcessGroup, _Meeting] = {}
 
@@ -274,46 +329,6 @@ def _meeting(group: ProcessGroup) -> _Meeting:
     if group not in _meetings:
         _meetings[group] = _Meeting(group)
     return _meetings[group]
-
-
-def finish(group: ProcessGroup, work, x: Tensor) -> None:
-    """Wait for a collective. On a CPU it is watched meanwhile: a rank that has called something
-    else does not come, and is waiting itself until it is told.
-    """
-    if x.device.type != "cpu":
-        work.wait()
-        return
-    start = time.monotonic()
-    meeting, looked = _meeting(group), start
-    while not work.is_completed():
-        now = time.monotonic()
-        if now - looked > 1.0:
-            looked = now
-            if meeting.someone_waits():
-                waits = {"_waits": [*x.shape], "_dtype": str(x.dtype).removeprefix("torch.")}
-                _compare(meeting, meeting.announce(meeting.current | waits), work)
-        if now - start > 2e-4:
-            time.sleep(min(POLL, (now - start) / 10))
-    work.wait()
-
-
-def _compare(meeting: _Meeting, said: list[dict], work=None) -> None:
-    """An error, on every rank the same, where the ranks say different things. work: the collective
-    in which this rank waits.
-    """
-    why = _disagreement(said)
-    if not why:
-        return
-    # Those that wait in a collective must not be left there: it would take what comes next.
-    waiting = [one for one in said if "_waits" in one]
-    if work is None and waiting:
-        dtype = getattr(torch, waiting[0]["_dtype"])
-        work = dist.all_reduce(
-            torch.zeros(waiting[0]["_waits"], dtype=dtype), group=meeting.group, async_op=True
-        )
-    if work is not None:
-        work.wait()
-    raise Disagreement(why)
 
 
 def _disagreement(said: list[dict]) -> str:
@@ -344,7 +359,7 @@ def agree(group: ProcessGroup, said: dict, width: int, first: int | None) -> Sha
         meeting.current = {**said, "_own": [width, first]}
         if own not in meeting.known:
             everyone = meeting.announce(meeting.current)
-            _compare(meeting, everyone)
+            meeting.compare(everyone)
             owns = [one["_own"] for one in everyone]
             shard = _shard_of(group, owns, meeting)
             _shards[shard.key] = shard
@@ -367,7 +382,7 @@ def together(group: ProcessGroup):
         meeting = _meeting(group)
         said = meeting.announce({"error": f"{type(error).__name__}: {error}"}, PATIENCE)
         try:
-            _compare(meeting, said)
+            meeting.compare(said)
         except Disagreement:
             pass
         raise

@@ -30,7 +30,10 @@ from ._shard import shard_of, widest
 from .facts import IGNORED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._cells import CellLoss
+    from ._shard import Shard
 
 MB = 1 << 20
 # What both models' slices take by default: this, or on a GPU a quarter of its free memory, if that
@@ -230,10 +233,21 @@ class _ModelLogits:
 
 
 class _Gradients:
-    """Of the student's head, summed over the groups."""
+    """Of the student's head, summed over the groups; that of hidden over the ranks of ``shard``,
+    those of a group's rows while the next group is computed.
+    """
 
-    def __init__(self, student: Head, wanted: Wanted, rows: _Rows, V: int, acc: torch.dtype):
-        self.student, self.rows, self.V = student, rows, V
+    def __init__(
+        self,
+        student: Head,
+        wanted: Wanted,
+        rows: _Rows,
+        V: int,
+        acc: torch.dtype,
+        shard: Shard | None,
+    ):
+        self.student, self.rows, self.V, self.shard = student, rows, V, shard
+        self.arriving: Callable[[], None] = lambda: None  # waits for rows of d hidden
         columns, H = student.weight.shape
         device = student.hidden.device
         self.hidden = self.weight = self.bias = None
@@ -259,8 +273,13 @@ class _Gradients:
             multiply(G, self.student.weight[:V], part)
             if factor is not None:
                 part.mul_(factor[:, None])
-            if chosen is not None:
-                self.hidden[chosen[i:j]] = part
+            where = None if chosen is None else chosen[i:j]
+            if self.shard is None:
+                self._place(part, where)
+            else:
+                self.arriving()
+                done = self.shard.start(part)
+                self.arriving = lambda: (done(), self._place(part, where))
         if self.weight is not None:
             hidden = self.rows.take(self.student.hidden, i, j).masked_fill(zero[:, None], 0.0)
             if factor is not None:
@@ -271,6 +290,10 @@ class _Gradients:
                 self.bias[:V] += G.sum(0, dtype=self.bias.dtype)
             else:
                 multiply(factor.to(G.dtype)[None], G, self.bias[None, :V], add=True)
+
+    def _place(self, part: Tensor, where: Tensor | None) -> None:
+        if where is not None:
+            self.hidden[where] = part
 
     def scale(self, factor: Tensor) -> None:
         for x in (self.hidden, self.weight, self.bias):
@@ -356,7 +379,7 @@ def walk(
     else:
         table = torch.empty((loss.table_rows, rows.count), dtype=acc, device=device)
     if upstream is not None:
-        gradients = _Gradients(student, wanted, rows, V, acc)
+        gradients = _Gradients(student, wanted, rows, V, acc, shard_of(loss.launchers))
         upstream = rows.take(upstream, 0, rows.count)
         if student.scale is not None:
             upstream = upstream * student.scale
@@ -399,10 +422,9 @@ def walk(
             sums[:, rows.chosen] = table
     if upstream is None:
         return sums, None, None, None
+    gradients.arriving()
     if factor is not None:
         gradients.scale(1 / scale)
-    if (shard := shard_of(loss.launchers)) and gradients.hidden is not None:
-        shard.reduce(gradients.hidden)
     return sums, gradients.hidden, gradients.weight, gradients.bias
 
 

@@ -18,7 +18,15 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import drkl_triton
-from drkl_triton import SparseTeacher, divergence, linear_divergence, log_probs_at, objectives
+from drkl_triton import (
+    SparseTeacher,
+    _shard,
+    divergence,
+    linear_divergence,
+    log_probs_at,
+    objectives,
+    slices,
+)
 
 INF, NAN = float("inf"), float("nan")
 V, H, N = 50, 8, 9
@@ -43,6 +51,11 @@ def rows(seed=0, dtype=torch.float64):
     t, labels = s + torch.randn(N, V), torch.randint(0, V, (N,))
     labels[2] = -100
     return s.to(dtype), t.to(dtype), labels, torch.rand(N, dtype=torch.float64) + 0.5
+
+
+def hidden_states():
+    _, t, labels, _ = rows()
+    return torch.randn(N, H).double(), torch.randn(V, H).double(), t, labels
 
 
 def gradient(function, x, teacher, labels, upstream, **options):
@@ -268,9 +281,64 @@ def collectives(rank, world):
         count.clear()
         given = dict(teacher_logits=t[:, part], group=world_group())
         drkl_triton.linear_drkl(hidden, matrix, labels, **given).backward()
-        assert len(count) == 3 and count[-1] == N * H, count
+        assert len(count) == 3 and count[-1] == (N - 1) * H, count  # a row is ignored
     finally:
         dist.all_reduce = original
+
+
+def slices_while_gradients_travel(rank, world):
+    """d hidden of a slice is under way while the sums of the next are made."""
+    hidden, matrix, t, labels = hidden_states()
+    part, seen = own(world, rank), []
+    original = _shard._Meeting.finish
+
+    def finish(self, number):
+        seen.append([tuple(y.shape) for _, y in self.travelling.values()])
+        return original(self, number)
+
+    _shard._Meeting.finish = finish
+    try:
+        loss = drkl_triton.linear_drkl(
+            hidden.requires_grad_(), matrix[part], labels, teacher_logits=t[:, part],
+            group=world_group(), chunk_bytes=3 * 64 * 16,
+        )  # fmt: skip
+    finally:
+        _shard._Meeting.finish = original
+    loss.backward()
+    assert [(3, H), (5, 3)] in seen and [(3, H), (3, 3)] in seen, seen
+    assert not _shard._meeting(world_group()).travelling
+
+
+def fails_in_the_middle(rank, world):
+    """One rank does, in its second or third slice; the others wait with one or two collectives
+    under way.
+    """
+    hidden, matrix, t, labels = hidden_states()
+    part, original = own(world, rank), slices.multiply
+
+    def call():
+        loss = drkl_triton.linear_drkl(
+            hidden.requires_grad_(), matrix[part], labels, teacher_logits=t[:, part],
+            group=world_group(), chunk_bytes=3 * 64 * 16,
+        )  # fmt: skip
+        return loss.detach()
+
+    for product in 3, 4, 5, 6:  # logits and d hidden of the second and the third slice
+        calls = []
+
+        def multiply(*args, calls=calls, product=product, **keywords):
+            calls.append(1)
+            if rank == 1 and len(calls) == product:
+                raise RuntimeError("out of memory")
+            return original(*args, **keywords)
+
+        slices.multiply = multiply
+        try:
+            fails(call, "out of memory", of=(ValueError, RuntimeError))
+        finally:
+            slices.multiply = original
+        right = drkl_triton.linear_drkl(hidden, matrix, labels, teacher_logits=t)
+        close(call(), right.detach())
 
 
 # --- DTensors ---
@@ -345,11 +413,11 @@ def two_dimensions(rank, world):
 # --- failing ---
 
 
-def fails(call, *words):
+def fails(call, *words, of=ValueError):
     start = time.monotonic()
     try:
         call()
-    except ValueError as error:
+    except of as error:
         for word in words:
             assert word in str(error), error
     else:
@@ -389,7 +457,8 @@ def disagreements(rank, world):
 
 CHECKS = (
     every_loss, every_tail, from_hidden_states, log_probabilities, options, masks_and_broken_rows,
-    within_the_bound, the_same_bits_everywhere, collectives, dtensors, a_matrix_in_parts,
+    within_the_bound, the_same_bits_everywhere, collectives,
+    slices_while_gradients_travel, fails_in_the_middle, dtensors, a_matrix_in_parts,
     two_dimensions, disagreements,
 )  # fmt: skip
 

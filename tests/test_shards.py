@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from drkl_triton import _shard
+
 SCRIPT = Path(__file__).with_name("shard_ranks.py")
 SECONDS = 400
 
@@ -28,6 +30,19 @@ def test_ranks_do_as_one_process(world):
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout.splitlines()[-1])
     assert len(said) > 10 and not any(said.values()), run.stdout + run.stderr
+
+
+def test_a_rank_that_fails_where_nobody_comes_raises_its_own_error(monkeypatch):
+    class Nobody(_shard._Meeting):
+        def __init__(self):
+            self.travelling = {}
+
+        def announce(self, said, patience):
+            return []
+
+    monkeypatch.setitem(_shard._meetings, None, Nobody())
+    with pytest.raises(KeyError, match="own"), _shard.together(None):
+        raise KeyError("own")
 
 
 @pytest.mark.slow
