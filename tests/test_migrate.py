@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from drkl_triton import reference
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "migrate.md").read_text(encoding="utf-8")
 BLOCKS = {
@@ -123,12 +125,55 @@ def test_trls_stable_trainer(tmp_path, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5 * theirs.abs().max().item())
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    """A group of this process alone."""
+    dist = pytest.importorskip("torch.distributed")
+    if dist.is_initialized():
+        pytest.skip("another group is there")
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_megatron(one_rank, monkeypatch):
+    names = inputs()
+    state = types.SimpleNamespace(get_tensor_model_parallel_group=lambda: one_rank)
+    core = types.ModuleType("megatron.core")
+    core.parallel_state = state
+    monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
+    monkeypatch.setitem(sys.modules, "megatron.core", core)
+    loss_func = run("example", "megatron", {})["loss_func"]
+    mask = (names["labels"] != -100).float()
+    labels, student = names["labels"].clamp_min(0), names["student_logits"]
+    loss, count, _ = loss_func(mask, labels, names["teacher_logits"], student)
+    right = reference.drkl(student, names["teacher_logits"], labels, reduction="none")
+    torch.testing.assert_close(loss, (right * mask).sum().to(loss.dtype), rtol=1e-5, atol=0)
+    assert count == mask.sum()
+
+
+def test_nemo_rl(one_rank):
+    names, K = inputs(), 5
+    student, (logits, ids) = names["student_logits"], names["teacher_logits"].topk(K)
+    mask = torch.ones(B, T)
+    mask[0, 2] = 0
+    data = {"teacher_topk_logits": logits, "teacher_topk_indices": ids, "token_mask": mask,
+            "sample_mask": torch.tensor([1.0, 0.0])}  # fmt: skip
+    loss_fn = run("example", "nemo_rl", {})["distillation_loss"]
+    loss = loss_fn(student, data, torch.tensor(7.0), one_rank)
+    log_p = logits.log_softmax(-1)
+    log_q = student.gather(-1, ids).log_softmax(-1)
+    rows = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+    right = rows[0, :-1][mask[0, 1:] > 0].sum() / 7
+    torch.testing.assert_close(loss, right, rtol=1e-5, atol=0)
+
+
 def test_packing_and_num_items():
     """The gradient is that of each sequence alone, and is not where there is a cache."""
     pytest.importorskip("transformers")
     import hf
-
-    from drkl_triton import reference
 
     def gradients(step, code):
         student, teacher = (hf.model("llama", V, seed=seed) for seed in (0, 1))
