@@ -1,6 +1,6 @@
 """Losses of a vocabulary that is shared over the ranks of a group: time, and bytes that are sent.
 
-python bench/shards.py                       # 1, 2 and 4 processes on a CPU (gloo), 17 minutes on two cores
+python bench/shards.py                       # 1, 2, 4 processes (gloo): 17 minutes, two cores
 python bench/shards.py --op js_divergence --vocab 32000
 
 Two ways: "group", each rank with its columns, and "gather", where every rank collects the logits of
