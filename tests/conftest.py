@@ -4,6 +4,8 @@ import os
 import random
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, also for what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import quick_interpreter

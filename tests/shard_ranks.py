@@ -9,9 +9,11 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 
 import bounds
 import losses
+import quick_interpreter
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,6 +22,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import drkl_triton
 from drkl_triton import (
     SparseTeacher,
+    _checks,
     _shard,
     divergence,
     linear_divergence,
@@ -97,6 +100,16 @@ def every_loss(rank, world):
     for name in losses.LOSSES if world == 2 else FEW:
         objective = losses.LOSSES[name].objective()
         both(world, rank, objective, s, t, labels, upstream, name, reduction="none")
+
+
+def interpreted_kernels(rank, world):
+    s, t, labels, upstream = rows()
+    known = drkl_triton.teacher_topk(t, 5, labels=labels)
+    for name in FEW[1:3] if world == 2 else FEW[1:2]:
+        objective = losses.LOSSES[name].objective()
+        both(world, rank, objective, s, t, labels, upstream, f"{name}, kernels", reduction="none",
+             backend="triton")  # fmt: skip
+    both(world, rank, objective, s, known, labels, upstream, reduction="none", backend="triton")
 
 
 def every_tail(rank, world):
@@ -456,8 +469,8 @@ def disagreements(rank, world):
 
 
 CHECKS = (
-    every_loss, every_tail, from_hidden_states, log_probabilities, options, masks_and_broken_rows,
-    within_the_bound, the_same_bits_everywhere, collectives,
+    every_loss, interpreted_kernels, every_tail, from_hidden_states, log_probabilities, options,
+    masks_and_broken_rows, within_the_bound, the_same_bits_everywhere, collectives,
     slices_while_gradients_travel, fails_in_the_middle, dtensors, a_matrix_in_parts,
     two_dimensions, disagreements,
 )  # fmt: skip
@@ -465,6 +478,9 @@ CHECKS = (
 
 def main(rank, world, folder):
     torch.set_num_threads(1)
+    if _checks.INTERPRETING:
+        quick_interpreter.install()
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # infinities are subtracted
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     found = {}

@@ -169,7 +169,6 @@ GIVEN = {
 
 
 CASES = [("drkl", True, option) for option in OPTIONS]
-CASES += [("reverse_kl", True, option) for option in OPTIONS]
 CASES += [("reverse_kl", False, option) for option in OPTIONS if option != "ignore_index"]
 
 

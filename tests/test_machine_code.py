@@ -289,10 +289,11 @@ def test_a_part_does_not_replace_the_table(part, monkeypatch):
 
 
 # A part of what `python bench/machine_code.py` compiles, which takes many minutes.
-FULL = "--vocab 128256 --dtype bfloat16".split()  # the other cases have more types
+FULL = "--vocab 128256 --dtype bfloat16 --case plain support splits".split()
 HALF = "--vocab 128256 --dtype bfloat16 --case plain mixed".split()
+DOUBLE = "--vocab 50257 --dtype float32 --case plain float64".split()
 SHORT = "--vocab 50257 --dtype float32 --case plain".split()
-GRID = {"sm_90": FULL, "sm_100": HALF, "sm_80": SHORT, "sm_120": SHORT, "gfx942": SHORT}
+GRID = {"sm_90": FULL, "sm_100": HALF, "sm_80": SHORT, "sm_120": DOUBLE, "gfx942": SHORT}
 # On the other targets some of the objectives.
 OTHERS = {*machine_code.OBJECTIVES} - {*machine_code.VARIED}
 COMMON = [
