@@ -229,7 +229,8 @@ def compiling(target, wanted=None):
 
     shape = CARDS[target].units, TARGETS[target].warp_size
     with ExitStack() as stack:
-        stack.enter_context(patch.object(driver, "_active", StandIn(TARGETS[target])))
+        active = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
+        stack.enter_context(patch.object(driver, active, StandIn(TARGETS[target])))
         stack.enter_context(patch.object(JITFunction, "run", run))
         stack.enter_context(patch.object(kernels.tuning, "_device_shape", lambda device: shape))
         yield launched

@@ -32,16 +32,17 @@ class Known(NamedTuple):
     label: torch.Tensor
     at_label: torch.Tensor
 
-    def cells(self, op):
-        """(ids, log_p) [N, cells], but for the rest."""
-        of_label = self.label[:, None], self.at_label[:, None]
-        pairs = zip(self[:2], of_label, strict=True)
-        return [torch.cat(pair, -1) for pair in pairs] if op == "drkl" else self[:2]
-
     def given(self, op):
         """(teacher, labels)"""
         at_label, label = (self.at_label, self.label) if op == "drkl" else (None, None)
         return SparseTeacher(*self[:2], label_log_probs=at_label), label
+
+
+def cells(op, ids, log_p, label, at_label):
+    """(ids, log_p) [N, cells] of a Known's fields, but for the rest."""
+    if op != "drkl":
+        return ids, log_p
+    return torch.cat([ids, label[:, None]], -1), torch.cat([log_p, at_label[:, None]], -1)
 
 
 # --- plain PyTorch: float32 log_softmax, gather, the divergence of the cells ---
@@ -61,7 +62,7 @@ def dense(op, tail):
     """tail: "sum" of the others, or what is "missing" to 1."""
 
     def function(student, *known):
-        ids, log_p = Known(*known).cells(op)
+        ids, log_p = cells(op, *known)
         log_all = F.log_softmax(student, -1, dtype=torch.float32)
         log_q = log_all.gather(-1, ids)
         rest = summed(log_all, ids) if tail == "sum" else missing(log_q)
@@ -173,7 +174,7 @@ class Definition(truth.Truth):
     def _scale(self, case):
         """truth.condition of the gradient's elements."""
         student = case.distinct[0].double()
-        log_q, (ids, log_p) = F.log_softmax(student, -1), case.known.cells(case.op)
+        log_q, (ids, log_p) = F.log_softmax(student, -1), cells(case.op, *case.known)
         tail = log_q - summed(log_q, ids)
         if case.op == "log_probs_at":
             g = case.given.double().abs()

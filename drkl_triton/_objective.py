@@ -82,7 +82,7 @@ class Formula:
                 f"{self.__name__} takes the parameters {list(self.parameters)}, got {len(args)} "
                 "arguments"
             )
-        given = dict(zip(self.parameters, args, strict=False))
+        given = dict(zip(self.parameters[: len(args)], args, strict=True))
         for name in named:
             if name not in self.parameters or name in given:
                 raise TypeError(

@@ -128,7 +128,7 @@ def _check_ids(ids, codes, V):
 
 @cells.register_fake
 def _(ids, log_probs, label_log_probs, log_z, codes, inv_temperature, V, tail, strict, dtype):
-    N, K = codes.numel(), ids.shape[-1] + (label_log_probs is not None)
+    N, K = codes.numel(), ids.shape[-1] + int(label_log_probs is not None)
     return (
         torch.empty((N, K), dtype=torch.int32, device=ids.device),
         torch.empty((N, K + 1), dtype=dtype, device=ids.device),

@@ -5,6 +5,7 @@ and Triton have in common.
 import dis
 import os
 import types
+from collections import namedtuple
 from functools import cache
 
 import triton
@@ -77,7 +78,17 @@ def _on_device(value, language):
         module = types.ModuleType(value.__name__)
         module.__getattr__ = lambda name: _on_device(getattr(value, name), language)
         return module
-    return value  # a NamedTuple; Triton refuses anything else
+    return _with_constants(value)  # a NamedTuple; Triton refuses anything else
+
+
+@cache
+def _with_constants(named_tuple):
+    """With defaults that are constants: before 3.5 Triton takes no number from there."""
+    defaults = getattr(named_tuple, "_field_defaults", {})
+    if not defaults or INTERPRETED:
+        return named_tuple
+    constants = [tl.constexpr(number) for number in defaults.values()]
+    return namedtuple(named_tuple.__name__, named_tuple._fields, defaults=constants)
 
 
 losses = device_function(facts.losses)

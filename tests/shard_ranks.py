@@ -370,10 +370,10 @@ def dtensors(rank, world):
                          labels, None)  # fmt: skip
         x = distribute_tensor(s, mesh, [Shard(1)]).requires_grad_()
         loss = drkl_triton.drkl(x, teacher, labels)
-        loss.backward()
+        (grad,) = torch.autograd.grad(loss, x)  # torch 2.8 gathers an uneven .grad
         close(loss.detach(), right[0])
-        assert x.grad.placements == (Shard(1),)
-        close(x.grad.full_tensor(), right[1])
+        assert grad.placements == (Shard(1),)
+        close(grad.full_tensor(), right[1])
     x = distribute_tensor(s, mesh, [Shard(1)]).requires_grad_()
     ids = labels.clamp_min(0)[:, None]
     log_q = log_probs_at(x, ids, return_tail=False)

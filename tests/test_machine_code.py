@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -22,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
 sys.path.append(str(BENCH))  # as `python bench/machine_code.py` would have it
 sass, machine_code = (importlib.import_module(name) for name in ("sass", "machine_code"))
+
+
+# Triton 3.4's wheel has no linker for AMD's GPUs.
+LINKS_AMD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 4)
 
 
 # --- counting, by hand ---
@@ -228,7 +233,7 @@ def exp_kernel(x_ptr, y_ptr, tiles):
 found = {}
 geometry = sass.Geometry(lanes=256, vec=4, threads=128, warp=32, column_bytes=4)
 x = torch.empty(4096)
-for target in ("sm_90", "gfx942"):
+for target in sys.argv[2:]:
     with machine_code.compiling(target) as launched:
         exp_kernel[(1,)](x, x, 4, num_warps=128 // machine_code.TARGETS[target].warp_size)
     (kernel, flags), = launched.values()
@@ -253,7 +258,8 @@ def compile_with(arguments, folder, path=""):
 def test_a_kernel_that_can_be_counted_by_eye(tmp_path):
     script = tmp_path / "exponentials.py"
     script.write_text(EXPONENTIALS)
-    run = compile_with([script, BENCH], tmp_path)
+    targets = ["sm_90", "gfx942"] if LINKS_AMD else ["sm_90"]
+    run = compile_with([script, BENCH, *targets], tmp_path)
     assert run.returncode == 0, run.stderr
     for (few, many), bits in json.loads(run.stdout).values():
         # 8 columns a thread. No tile is masked outside the loop, so one more is left to it.
@@ -304,7 +310,7 @@ COMMON = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", GRID)
+@pytest.mark.parametrize("target", [target for target in GRID if LINKS_AMD or target != "gfx942"])
 def test_every_kernel_compiles_and_keeps_its_limits(target, tmp_path):
     kernels = [] if target == "sm_90" else ["--kernel", *COMMON]
     status, printed, rows = report(tmp_path, "--target", target, *GRID[target], *kernels)
@@ -386,11 +392,11 @@ def test_limits():
 
 
 def test_the_stand_in_is_gone_afterwards():
-    before = driver._active, JITFunction.run, kernels.tuning._device_shape
+    before = vars(driver).copy(), JITFunction.run, kernels.tuning._device_shape
     with pytest.raises(ZeroDivisionError), machine_code.compiling("gfx942"):
         assert driver.active.get_current_target().arch == "gfx942"
         _ = 1 / 0
-    assert (driver._active, JITFunction.run, kernels.tuning._device_shape) == before
+    assert (vars(driver), JITFunction.run, kernels.tuning._device_shape) == before
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
