@@ -54,7 +54,7 @@ fuzz: $(STAMP)  ## try the properties on thousands of inputs; SEED=N repeats a r
 	@$(BIN)/pytest -n $(TEST_JOBS) --hypothesis-profile=fuzz $(if $(SEED),--hypothesis-seed=$(SEED)) tests/test_properties.py $(PYTEST_ARGS)
 
 .PHONY: demo
-demo: $(STAMP)  ## distil small models on real text and compare the objectives, ten to twenty-five minutes on two cores
+demo: $(STAMP)  ## distil small models on real text and compare the objectives, twelve minutes on two cores
 	@$(BIN)/python examples/distill/run.py $(DEMO_ARGS)
 
 .PHONY: pretrained

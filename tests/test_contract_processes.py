@@ -194,8 +194,10 @@ def test_triton_on_the_cpu_without_the_interpreter():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_interpreter_in_the_optimised_python():
+    quick = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
+    quick += "import quick_interpreter; quick_interpreter.install()\n"
     code = 'must_work("triton")\nall_functions("triton")\n'
-    run(PRELUDE, EVERYTHING, code, ERRORS, optimise=True, TRITON_INTERPRET="1")
+    run(PRELUDE, EVERYTHING, quick, code, ERRORS, optimise=True, TRITON_INTERPRET="1")
 
 
 def test_without_triton():

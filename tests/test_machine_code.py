@@ -295,13 +295,15 @@ def test_a_part_does_not_replace_the_table(part, monkeypatch):
 
 
 # A part of what `python bench/machine_code.py` compiles, which takes many minutes.
-FULL = "--vocab 128256 --dtype bfloat16 --case plain support splits".split()
-HALF = "--vocab 128256 --dtype bfloat16 --case plain mixed".split()
-DOUBLE = "--vocab 50257 --dtype float32 --case plain float64".split()
-SHORT = "--vocab 50257 --dtype float32 --case plain".split()
-GRID = {"sm_90": FULL, "sm_100": HALF, "sm_80": SHORT, "sm_120": DOUBLE, "gfx942": SHORT}
+GRID = {
+    "sm_90": "--vocab 128256 --dtype bfloat16 --case plain splits".split(),
+    "sm_100": "--vocab 128256 --dtype bfloat16 --case plain support".split(),
+    "sm_80": "--vocab 50257 --dtype float32 --case plain mixed".split(),
+    "sm_120": "--vocab 50257 --dtype float32 --case plain float64".split(),
+    "gfx942": "--vocab 50257 --dtype float32 --case plain".split(),
+}
 # On the other targets some of the objectives.
-OTHERS = {*machine_code.OBJECTIVES} - {*machine_code.VARIED}
+OTHERS = {*machine_code.OBJECTIVES} - {"reverse_kl", "js_divergence"}
 COMMON = [
     name
     for name in machine_code.KERNELS
@@ -317,9 +319,9 @@ def test_every_kernel_compiles_and_keeps_its_limits(target, tmp_path):
     assert status == 0, printed
     assert "BROKEN" not in printed
     wanted = {*machine_code.KERNELS} if target == "sm_90" else {*COMMON}
-    if GRID[target] is not FULL:  # nothing to merge
+    if "splits" not in GRID[target]:  # nothing to merge
         wanted -= {"merge_sums"}
-    if GRID[target] is SHORT:
+    if GRID[target][-1] == "plain":
         wanted -= {*machine_code.ROW_MAPS}
     whole = {name for name, parts in machine_code.LOSSES.items() if wanted >= {*parts}}
     assert {row["kernel"] for row in rows} == wanted | whole

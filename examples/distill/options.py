@@ -13,16 +13,16 @@ from train import NAMES, make_linear_objective, make_objective
 
 # Sizes, and what --quick makes of them. An option on the command line outranks both columns.
 SIZES = {
-    "vocab": (8192, 512, "tokens in the vocabulary"),
+    "vocab": (4096, 512, "tokens in the vocabulary"),
     "max-mb": (8.0, 0.5, "cap on the text, million characters"),
     "context": (128, 64, "tokens in a window"),
     "batch": (8, 4, "windows in a batch"),
-    "teacher-steps": (700, 150, ""),
-    "teacher-width": (256, 64, ""),
-    "teacher-layers": (6, 2, ""),
+    "teacher-steps": (600, 150, ""),
+    "teacher-width": (192, 64, ""),
+    "teacher-layers": (4, 2, ""),
     "teacher-heads": (4, 2, ""),
     "pretrain-steps": (200, 100, "of the students' common start, 0 for random weights"),
-    "student-steps": (120, 100, ""),
+    "student-steps": (100, 100, ""),
     "student-width": (128, 32, ""),
     "student-layers": (2, 1, ""),
     "student-heads": (4, 2, ""),
@@ -34,7 +34,7 @@ SIZES = {
     # The package's default, 256 MB, would hold the logits of a whole batch of this size at once.
     "chunk-mb": (8.0, 0.25, "with --linear: logits of both models at a time, million bytes"),
 }
-OBJECTIVES = ["fkl", "rkl", "jsd", "drkl:0.5"]
+OBJECTIVES = ["fkl", "rkl", "mixed", "jsd", "dkd", "drkl:0.5"]
 
 
 def attribute(name):

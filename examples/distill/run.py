@@ -1,6 +1,6 @@
 """Distil small language models on Python's own sources and compare the objectives.
 
-python examples/distill/run.py                 # ten to twenty-five minutes on two CPU cores
+python examples/distill/run.py                 # twelve minutes on two CPU cores
 python examples/distill/run.py --seeds 1       # without intervals
 python examples/distill/run.py --quick         # seconds, to see that it works
 python examples/distill/run.py --device cuda   # with the Triton kernels
