@@ -467,7 +467,7 @@ def test_whole_run(tmp_path, capsys):
     assert results["seeds"] == [0, 1]
     assert results["data"]["vocab"] == 300
     objectives = results["students"]["objectives"]
-    assert list(objectives) == ["fkl", "rkl", "jsd", "drkl:0.5"]
+    assert list(objectives) == ["fkl", "rkl", "mixed", "jsd", "dkd", "drkl:0.5"]
     for objective in objectives.values():
         assert [len(history["loss"]) for history in objective["history"]] == [4, 4]
         for metric in report.METRICS:
