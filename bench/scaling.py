@@ -7,6 +7,7 @@ measured on one card; what the ranks send is added, at speeds that are assumed.
 """
 
 import csv
+from functools import cache
 from math import log2
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def measured(name, **where):
     return rows[0]
 
 
+@cache
 def speeds():
     """(bytes/s forward, backward; seconds that the op adds; flop/s of the linear loss)"""
     case = dict(op="drkl", dtype="bfloat16", vocab=str(VOCAB), tokens=str(ROWS))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 import command  # before PyTorch: it says how threads wait
@@ -152,15 +153,12 @@ def measure(options, cases, folder):
 
 def add_ratios(rows):
     """To the time of one process, and of the other way."""
-    of = lambda row, ranks, way: [  # noqa: E731
-        other["ms"] for other in rows
-        if (other["ranks"], other["way"]) == (ranks, way)
-        and all(other[k] == row[k] for k in ("op", "source", "vocab"))
-    ]  # fmt: skip
+    case = itemgetter("op", "source", "vocab")
+    ms = {(*case(row), row["ranks"], row["way"]): row["ms"] for row in rows}
     for row in rows:
-        row["x_one"] = row["ms"] / of(row, 1, "one")[0]
+        row["x_one"] = row["ms"] / ms[(*case(row), 1, "one")]
         if row["ranks"] > 1:
-            row["x_group"] = row["ms"] / of(row, row["ranks"], "group")[0]
+            row["x_group"] = row["ms"] / ms[(*case(row), row["ranks"], "group")]
 
 
 def main(arguments=None):

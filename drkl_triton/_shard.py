@@ -67,7 +67,7 @@ class Shard:
     def start(self, x: Tensor, op: str = "SUM") -> Callable[[], None]:
         """Begin to reduce x over the ranks, in place; what is returned waits for the result."""
         meeting = _meeting(self.group)
-        return partial(meeting.finish, meeting.start(x, getattr(dist.ReduceOp, op)))
+        return partial(meeting.finish, meeting.start(x, op))
 
     def reduce(self, x: Tensor, op: str = "SUM") -> Tensor:
         """x, over the ranks, in place."""
@@ -279,9 +279,10 @@ class _Meeting:
         others = [rank for rank in range(len(self.ranks)) if rank != self.rank]
         return any(self.store.check([f"{self.count + 1}/{rank}"]) for rank in others)
 
-    def start(self, x: Tensor, op=dist.ReduceOp.SUM) -> int:
+    def start(self, x: Tensor, op: str = "SUM") -> int:
         """Begin to reduce x in place; the collective's number."""
         self.started += 1
+        op = getattr(dist.ReduceOp, op)  # which not every PyTorch has
         work = dist.all_reduce(x, op, group=self.group, async_op=True)
         self.travelling[self.started] = work, x
         return self.started

@@ -209,7 +209,7 @@ def _checked(name, objective, student, teacher, labels, options: dict):
         teacher if sparse else None,
     )  # fmt: skip
     tail, cells = "", (teacher, None, None)
-    if isinstance(teacher, SparseTeacher):
+    if sparse:
         tail, cells = teacher.tail, teacher.cells(objective, rows, vocabulary, options.temperature)
     teacher, columns, cell_label = cells
     num_items = options.num_items

@@ -30,8 +30,6 @@ from ._shard import shard_of, widest
 from .facts import IGNORED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._cells import CellLoss
     from ._shard import Shard
 
@@ -247,7 +245,7 @@ class _Gradients:
         shard: Shard | None,
     ):
         self.student, self.rows, self.V, self.shard = student, rows, V, shard
-        self.arriving: Callable[[], None] = lambda: None  # waits for rows of d hidden
+        self.under_way: tuple | None = None  # of d hidden: (what waits for it, rows, where to)
         columns, H = student.weight.shape
         device = student.hidden.device
         self.hidden = self.weight = self.bias = None
@@ -277,9 +275,8 @@ class _Gradients:
             if self.shard is None:
                 self._place(part, where)
             else:
-                self.arriving()
-                done = self.shard.start(part)
-                self.arriving = lambda: (done(), self._place(part, where))
+                self.arrive()
+                self.under_way = self.shard.start(part), part, where
         if self.weight is not None:
             hidden = self.rows.take(self.student.hidden, i, j).masked_fill(zero[:, None], 0.0)
             if factor is not None:
@@ -290,6 +287,14 @@ class _Gradients:
                 self.bias[:V] += G.sum(0, dtype=self.bias.dtype)
             else:
                 multiply(factor.to(G.dtype)[None], G, self.bias[None, :V], add=True)
+
+    def arrive(self) -> None:
+        """Wait for the rows of d hidden that are under way."""
+        if self.under_way is not None:
+            wait, part, where = self.under_way
+            wait()
+            self._place(part, where)
+            self.under_way = None
 
     def _place(self, part: Tensor, where: Tensor | None) -> None:
         if where is not None:
@@ -422,7 +427,7 @@ def walk(
             sums[:, rows.chosen] = table
     if upstream is None:
         return sums, None, None, None
-    gradients.arriving()
+    gradients.arrive()
     if factor is not None:
         gradients.scale(1 / scale)
     return sums, gradients.hidden, gradients.weight, gradients.bias

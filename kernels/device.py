@@ -78,16 +78,15 @@ def _on_device(value, language):
         module = types.ModuleType(value.__name__)
         module.__getattr__ = lambda name: _on_device(getattr(value, name), language)
         return module
-    return _with_constants(value)  # a NamedTuple; Triton refuses anything else
+    if isinstance(value, type) and getattr(value, "_field_defaults", None) and not INTERPRETED:
+        return _with_constants(value)
+    return value  # a NamedTuple; Triton refuses anything else
 
 
 @cache
 def _with_constants(named_tuple):
     """With defaults that are constants: before 3.5 Triton takes no number from there."""
-    defaults = getattr(named_tuple, "_field_defaults", {})
-    if not defaults or INTERPRETED:
-        return named_tuple
-    constants = [tl.constexpr(number) for number in defaults.values()]
+    constants = [tl.constexpr(number) for number in named_tuple._field_defaults.values()]
     return namedtuple(named_tuple.__name__, named_tuple._fields, defaults=constants)
 
 

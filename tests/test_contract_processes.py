@@ -217,6 +217,10 @@ softmax(s).sum().backward()
     run(HIDE_TRITON, PRELUDE, EVERYTHING, asked_for, every, TRITON_INTERPRET="1")
 
 
+def test_a_torch_without_collectives_is_enough():
+    run("import torch.distributed; del torch.distributed.ReduceOp\nimport drkl_triton\n")
+
+
 def test_import_needs_no_compiler_and_starts_no_device():
     """import drkl_triton decorates no kernel and asks no driver: both may fail, and cost time."""
     run("""

@@ -107,9 +107,8 @@ def train(student, compared, order, lr, setting, *, look=None, looks=0, desc="")
     with progress(steps, desc) as bar:
         for step in range(steps):
             batch = order[step * setting.batch : (step + 1) * setting.batch]
-            asked = setting.tokens(batch), None
-            if compared is not None:
-                asked = setting.tensors(batch)
+            alone = compared is None
+            asked = (setting.tokens(batch), None) if alone else setting.tensors(batch)
             loss = loss_of(compared, student, *asked, setting)
             norm = descend(loss, student, optimizer, config.lr_at(step))
             rows.append(torch.stack([loss.detach(), norm]))
