@@ -202,7 +202,7 @@ def _checked(name, objective, student, teacher, labels, options: dict):
     if teacher is not None:
         acc = torch.promote_types(acc, teacher.log_probs.dtype if sparse else teacher.dtype)
         if not (objective.needs_teacher or metrics or options.support == "teacher"):
-            teacher = None
+            teacher, sparse = None, False
     has_teacher = teacher is not None
     rows = _options.rows(
         objective, student, vocabulary, labels, options, has_teacher, acc, backend,
