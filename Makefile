@@ -49,6 +49,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt drkl_triton/_version.py
 test: $(STAMP)  ## run every test; no GPU needed
 	@$(BIN)/pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
+.PHONY: test-all
+test-all: export DRKL_TESTS = all
+test-all: test  ## and every loss with every dtype, size, tail and target that test takes in turn
+
 .PHONY: fuzz
 fuzz: $(STAMP)  ## try the properties on thousands of inputs; SEED=N repeats a run
 	@$(BIN)/pytest -n $(TEST_JOBS) --hypothesis-profile=fuzz $(if $(SEED),--hypothesis-seed=$(SEED)) tests/test_properties.py $(PYTEST_ARGS)

@@ -72,8 +72,75 @@ def describe_each_shape_once():
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
 
 
+def fit_operands_as_before():
+    """The operands of every operation are compared, converted and broadcast by their types, which
+    have been met before.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    semantic = interpreter.interpreter_semantic
+    fit, builder = semantic.binary_op_type_checking_impl, semantic.builder
+    as_they_are, block_of, numbers = set(), {}, {}
+
+    def fitted(lhs, rhs, *args, **kwargs):
+        both = lhs, rhs
+        kinds = [x.type.name if isinstance(x, core.tensor) else type(x) for x in both]
+        key = (*kinds, *args, *kwargs.items())
+        if key in as_they_are:
+            return both
+        if key in block_of:  # one is a scalar of the other's dtype
+            i, type_ = block_of[key]
+            handle = builder.create_splat(type_.to_ir(builder), both[i].handle)
+            made = semantic.tensor(handle, type_)
+            return (made, rhs) if i == 0 else (lhs, made)
+        number = next((i for i, x in enumerate(both) if not isinstance(x, core.tensor)), None)
+        if number is not None and (key, both[number]) in numbers:
+            made = numbers[key, both[number]]
+            return (made, rhs) if number == 0 else (lhs, made)
+        out = fit(lhs, rhs, *args, **kwargs)
+        changed = [i for i in (0, 1) if out[i] is not both[i]]
+        if not changed:
+            as_they_are.add(key)
+        elif len(changed) == 1:
+            (i,) = changed
+            if i == number:
+                numbers[key, both[i]] = out[i]
+            elif number is None and not kinds[i].startswith("<") and out[i].type.is_block():
+                if both[i].dtype == out[i].dtype:
+                    block_of[key] = i, out[i].type
+        return out
+
+    semantic.binary_op_type_checking_impl = fitted
+
+
+def call_builtins_directly():
+    """Around each function of triton.language lie two that look at its keywords."""
+    from triton.runtime import interpreter
+
+    patch, semantic = interpreter._patch_attr, interpreter.interpreter_semantic
+
+    def patch_attr(obj, name, member, *more):
+        patch(obj, name, member, *more)
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        setattr(obj, name, call)
+
+    interpreter._patch_attr = patch_attr
+
+
 def install():
-    for patch in (patch_each_module_once, skip_checks_nobody_reads, describe_each_shape_once):
+    for patch in (
+        call_builtins_directly,
+        patch_each_module_once,
+        skip_checks_nobody_reads,
+        describe_each_shape_once,
+        fit_operands_as_before,
+    ):
         try:
             patch()
         except (ImportError, AttributeError):  # another version of Triton

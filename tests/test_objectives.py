@@ -8,6 +8,7 @@ from functools import partial
 
 import losses
 import pytest
+import selection
 import torch
 from bounds import excess, linear_excess, linear_ours, run, run_linear
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -528,9 +529,18 @@ def test_new_parameters_and_weights_do_not_recompile(fresh_compiler):
 # --- from hidden states ---
 
 
-@pytest.mark.parametrize("name, labelled", losses.CASES, ids=losses.IDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_from_hidden_states_within_the_bound(name, labelled, dtype, backend):
+DTYPES = [torch.float32, torch.bfloat16]
+FROM_HIDDEN = [
+    pytest.param(backend, dtype, *case, id=f"{backend}-{dtype}-{label}")
+    for backend in ("tiled", "triton")
+    for dtype in DTYPES
+    for place, (case, label) in enumerate(zip(losses.CASES, losses.IDS, strict=True))
+    if backend == "tiled" or selection.taken(dtype, DTYPES, place)
+]
+
+
+@pytest.mark.parametrize("backend, dtype, name, labelled", FROM_HIDDEN)
+def test_from_hidden_states_within_the_bound(backend, dtype, name, labelled):
     N, H, columns = 12, 8, 301
     draw = torch.Generator().manual_seed(1)
 
