@@ -491,7 +491,12 @@ def test_whole_run(tmp_path, capsys):
     assert [path.stat().st_mtime_ns for path in sorted((out / "cache").iterdir())] == times
 
 
-def test_run_with_a_few_log_probabilities(tmp_path, capsys):
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("figures"), "write_figures", lambda *_: [])
+
+
+def test_run_with_a_few_log_probabilities(tmp_path, capsys, no_figures):
     """All columns are the whole teacher; a few are another run, from the same cache."""
     losses, files = {}, {}
     for topk in ("0", "300", "5"):
@@ -512,7 +517,7 @@ def test_run_with_a_few_log_probabilities(tmp_path, capsys):
         assert run.main([*TINY, *options, "--out", str(tmp_path)]) != 0
 
 
-def test_linear_run(tmp_path, capsys):
+def test_linear_run(tmp_path, capsys, no_figures):
     results, files = {}, {}
     for way in ((), ("--linear", "--chunk-mb", "0.02")):
         names = ["--objectives", "fkl", "rkl", "drkl:0.5"]
