@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
+import selection
 import torch
 
 pytest.importorskip("trl")
@@ -56,10 +57,18 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option, backend",
+    [
+        (option, backend)
+        for option in OPTIONS
+        for backend in ("tiled", "triton")
+        if backend == "tiled" or option in ("batchmean", "temperature") or selection.ALL
+    ],
+)
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "without"])
 def test_the_fused_loss_has_trls_value_and_gradient(
-    option, labelled, beta, inputs, backend, monkeypatch
+    option, backend, labelled, beta, inputs, monkeypatch
 ):
     options = {"beta": beta, **OPTIONS[option]}
     student, teacher, labels = inputs
