@@ -270,6 +270,25 @@ def test_two_seeds_are_never_apart():
     assert not intervals.interval(runs, ENTROPY, {i: made([0.0, 0.0]) for i in range(2)}).apart
 
 
+def test_the_spread_between_seeds_over_training():
+    def run(*values):
+        points = [{"tokens": 10 * i, "kl_student_teacher": x} for i, x in enumerate(values)]
+        return {"history": {"held_out": points}}
+
+    nothing = {0: {"history": {"held_out": []}}}
+    runs = {
+        "forward_kl": nothing,
+        "reverse_kl": {0: run(2.0, 1.0), 1: run(2.0, 3.0), 2: run(2.0, 2.0)},
+        "drkl:0.5": {1: run(2.0, 3.5), 2: run(2.0, 2.1)},
+    }
+    found = summary.spread({"runs": runs})
+    half = math.sqrt(0.5)
+    assert found[0] == [0, 0, 0]
+    assert found[10] == pytest.approx([1.0, 1.4 * half, 0.4 * half])
+    assert summary.spread({"runs": {"reverse_kl": {0: run(1.0)}}}) == {}
+    assert summary.spread({"runs": {"forward_kl": nothing}}) == {}
+
+
 def test_calibration_error_is_that_of_all_tokens():
     """Two documents that are off in opposite directions in the same bin are calibrated together."""
     ece = intervals.BY_KEY["calibration_error"]

@@ -5,7 +5,7 @@ from figures import COLOURS, MARKERS, finish, panel, plt
 from intervals import BY_KEY, METRICS, interval, value
 from report import t_quantile
 from student import BASELINE, OBJECTIVES
-from summary import differences
+from summary import differences, looked_at
 
 
 def style(name):
@@ -78,7 +78,7 @@ def plot_plane(results):
 
 def plot_pull(results):
     """Lines with a band of Student's 95 % interval over the seeds."""
-    looked = {n: r for n, r in results["runs"].items() if r and r[min(r)]["history"]["held_out"]}
+    looked = looked_at(results)
     if not looked:
         return None
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
@@ -90,7 +90,7 @@ def plot_pull(results):
     titles = "pull of reverse KL's tail on the target", "the tail", "the whole"
     for (key, label), title, axes in zip(what.items(), titles, panels, strict=True):
         for name, runs in looked.items():
-            points = [run["history"]["held_out"] for run in runs.values()]
+            points = list(runs.values())
             tokens = [point["tokens"] for point in points[0]]
             values = np.array([[point[key] for point in of_run] for of_run in points])
             mean, kind = values.mean(0), style(name)

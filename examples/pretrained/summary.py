@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 from intervals import LEVEL, METRICS, interval, value
 from report import as_json
 from student import BASELINE, OBJECTIVES
@@ -41,6 +42,37 @@ def rows(results):
             for key, i in by_metric.items():
                 yield (key, name, minus, i.seeds, i.mean, i.low, i.high, i.t_low, i.t_high,
                        i.apart if minus else "")  # fmt: skip
+
+
+def spread(results, key="kl_student_teacher"):
+    """{tokens: [standard deviation over the seeds, of reverse KL and of each other objective that
+    was looked at, and of the paired difference of each of these]}; {} with one seed.
+    """
+    looked = looked_at(results)
+    base = looked.pop(BASELINE, {})
+    if len(base) < 2:
+        return {}
+    at = {
+        name: np.array([[point[key] for point in runs[seed]] for seed in sorted(runs)])
+        for name, runs in {BASELINE: base, **looked}.items()
+    }
+    columns = list(at.values())
+    for name, runs in looked.items():
+        both = sorted(runs.keys() & base.keys())
+        one, other = ([sorted(x).index(seed) for seed in both] for x in (runs, base))
+        columns.append(at[name][one] - at[BASELINE][other])
+    tokens = [point["tokens"] for point in base[min(base)]]
+    each = (x.std(0, ddof=1) if len(x) > 1 else [float("nan")] * len(tokens) for x in columns)
+    return dict(zip(tokens, map(list, zip(*each, strict=True)), strict=True))
+
+
+def looked_at(results):
+    """{objective: {seed: [what was measured during its training]}} of those it was done for."""
+    found = {
+        name: {seed: run["history"]["held_out"] for seed, run in runs.items()}
+        for name, runs in results["runs"].items()
+    }
+    return {name: runs for name, runs in found.items() if runs and all(runs.values())}
 
 
 def number(metric, x, signed=False):
@@ -90,6 +122,18 @@ def tables(results):
             "leave 0 out.",
             "",
             markdown([f"minus {OBJECTIVES[BASELINE].label}", *others], body),
+        ]
+    over_training = spread(results)
+    if over_training:
+        others = [OBJECTIVES[name].label for name in looked_at(results) if name != BASELINE]
+        base = OBJECTIVES[BASELINE].label
+        body = [[f"{n:,}", *(f"{x:.4f}" for x in row)] for n, row in over_training.items()]
+        parts += [
+            "",
+            "Standard deviation over the seeds of KL(q‖p) on the validation documents, during "
+            "training.",
+            "",
+            markdown(["tokens", base, *others, *(f"{o} minus {base}" for o in others)], body),
         ]
     return "\n".join(parts)
 
