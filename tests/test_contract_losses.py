@@ -521,6 +521,20 @@ def test_teacher_support_is_dropping_the_columns(loss, fill, mask):
     assert (grad[:, gone] == 0).all()
 
 
+def test_a_gamma_of_1_minus_q_is_reverse_kl_without_its_pull_on_the_target(backend):
+    """docs/faithfulness.md: what is left out is the derivative of 1 - q_y, times the tail's KL."""
+    s, t, y = data(6)
+    options = dict(reduction="none", upstream=torch.ones(6).double(), backend=backend)
+    (loss, metrics), grad = run(reverse_kl, s, t, y, return_metrics=True, **options)
+    q = metrics.student_target_prob
+    value, without = run(drkl, s, t, y, gamma=1 - q, **options)
+    close(value, loss)
+    one_hot = torch.nn.functional.one_hot(y, V)
+    pull = -(q * metrics.nontarget_kl)[:, None] * (one_hot - reference.softmax(s))
+    assert (pull.gather(1, y[:, None]) < 0).all()
+    close(grad - without, pull)
+
+
 @labelled
 @pytest.mark.parametrize("fill", [None, NAN, -INF])
 def test_teacher_support_without_the_label(loss, case, fill):
