@@ -232,6 +232,17 @@ class Program:
             loops.append(Loop(header, frozenset(body), frozenset(ends), tuple(trip)))
         return loops
 
+    def on_one_way(self, one, other):
+        """Whether some way without back edges passes both loops."""
+        first, second = sorted((one.header, other.header), key=self._order.index)
+        seen, todo = set(), [first]
+        while todo:
+            i = todo.pop()
+            if i not in seen:
+                seen.add(i)
+                todo.extend(self._forward(i))
+        return second in seen
+
     def _guard(self, loop):
         """The last block before the loop from which the loop can still be passed by. Compilers put
         it before a loop that may have no trips.
@@ -383,7 +394,7 @@ def executed(program, geometry, tiles):
     rows with -inf, for ignored rows) and the branches that lead to nothing else are left out where
     they can be. A row's tiles are walked in the loop or on the way outside of it: the loads say
     how many each. If the main loop is unrolled, the tiles it leaves take the loop for its
-    remainder.
+    remainder, or another trip where no loop before or after it has fewer.
 
     So it is an upper bound for the rows that take the main loop, and exact for those among them
     that take each branch outside of it: the label in the middle, ends that are not empty.
@@ -392,7 +403,11 @@ def executed(program, geometry, tiles):
     if main is None:
         return _count(program, [(program.walk(), 1)])
     a_trip = _tiles(program, main, geometry)
-    shorter = [loop for loop in _loading(program) if _tiles(program, loop, geometry) < a_trip]
+    shorter = [
+        loop
+        for loop in _loading(program)
+        if _tiles(program, loop, geometry) < a_trip and program.on_one_way(main, loop)
+    ]
     remainder = min(shorter, key=lambda loop: _a_tile(program, loop, geometry), default=None)
     way, trips, rest = _way(program, geometry, tiles, [main])
     if rest and remainder:

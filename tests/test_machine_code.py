@@ -128,6 +128,32 @@ def test_an_unrolled_loop_its_remainder_and_a_call_by_hand():
     assert sass.executed(program, ONE_LOAD, 7) == sass.Count(25 + 1 + 4, 3 * 2 + 1)
 
 
+APART = """
+           @P0 BRA other
+    loop:  LDG.E.128 R8, desc[UR4][R2.64]
+           LDG.E.128 R12, desc[UR4][R2.64]
+           MUFU.EX2 R8, R8
+           MUFU.EX2 R9, R9
+           @P1 BRA loop
+           @P2 LDG.E.128 R8, desc[UR4][R2.64]
+           STG.E desc[UR4][R2.64], R8
+           EXIT
+    other: LDG.E.128 R8, desc[UR4][R2.64]
+           MUFU.EX2 R8, R8
+           @P3 BRA other
+           STG.E desc[UR4][R2.64], R8
+           EXIT
+"""
+
+
+def test_a_loop_on_another_branch_is_no_remainder_by_hand():
+    program = sass.Program(sass.parse_sass(assemble(APART)))
+    # The branch, trips of five for two tiles, the masked tile, the store, the exit.
+    assert sass.executed(program, ONE_LOAD, 6) == sass.Count(1 + 3 * 5 + 3, 3 * 2)
+    # One tile more takes another trip.
+    assert sass.executed(program, ONE_LOAD, 7) == sass.Count(1 + 4 * 5 + 3, 4 * 2)
+
+
 def test_the_main_loop_is_the_cheapest_for_a_tile_and_of_nearly_equal_ones_the_widest():
     def loop(name, loads, others):
         lines = ["LDG.E.128 R8, [R2]"] * loads + ["FADD R8, R8, R8"] * others
