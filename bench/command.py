@@ -54,8 +54,10 @@ class Bench:
             "CPU".format(*self.defaults["repeats"]))  # fmt: skip
         add("--threads", type=int, help="CPU threads, the same for all; default: PyTorch's choice")
         add("--out", type=Path, default=HERE / "results", help="folder; default: bench/results")
-        add("--name", help="of the files, without an ending; default: the device's, of a part and "
-            "-part")  # fmt: skip
+        add(
+            "--name",
+            help="of the files, without an ending; default: the device's, of a part and -part",
+        )
         add("--seconds", type=float, default=float("inf"), help="begin no case after that")
         add("--no-plots", action="store_true", help="write the CSV only")
         parser.set_defaults(**self.extra)
@@ -251,9 +253,10 @@ class Measurement:
     def rows(self):
         case = self.case
         speeds = {
-            name: call.bytes / median(times) / 1e6 for name, (call, times) in self.speeds.items()
+            name: call.bytes / median(times) / 1e6
+            for name, (call, times) in self.speeds.items()
             if times
-        }  # fmt: skip
+        }
         for entry in self.entries:
             for mode in self.modes:
                 row = {"dtype": str(case.dtype).removeprefix("torch."), "mode": mode}

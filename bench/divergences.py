@@ -112,7 +112,8 @@ LOSSES = {
     ),
     "alpha_beta": Loss(
         of_logs(lambda q, p, y: (2 * (q.exp() + p.exp()) - 4 * (0.5 * (q + p)).exp()).sum(-1)),
-        o.alpha_beta(0.5, 0.5), 8.0,
+        o.alpha_beta(0.5, 0.5),
+        8.0,
     ),
     "dkd": Loss(of_logs(lambda q, p, y: decoupled(p, q, y, 1.0, 8.0)), o.dkd(), 9.0),
     "adaptive_kl": Loss(of_logs(adaptive_kl), o.adaptive_kl()),
@@ -122,6 +123,7 @@ LOSSES = {
     "z_loss": Loss(lambda s, t, y: s.float().logsumexp(-1).square(), o.z_loss(), 40.0),
     "drkl+cross_entropy": Loss(
         of_logs(lambda q, p, y: 0.9 * drkl(q, p, y) + 0.1 * F.nll_loss(q, y, reduction="none")),
-        0.9 * o.drkl(GAMMA) + 0.1 * o.cross_entropy(), 1.5,
+        0.9 * o.drkl(GAMMA) + 0.1 * o.cross_entropy(),
+        1.5,
     ),
-}  # fmt: skip
+}

@@ -287,8 +287,9 @@ class Day:
             lines += re.findall(r"^(?:[A-Z_]+ = |Proposed|geometric).*", text, re.M)
         else:
             lines += [line_of(row) for row in rows if row.get("ms")]
-        lines += sorted({f"{r['provider']}: {r['note']}" for r in rows if r.get("note")
-                         and r.get("provider")})  # fmt: skip
+        lines += sorted(
+            {f"{r['provider']}: {r['note']}" for r in rows if r.get("note") and r.get("provider")}
+        )
         return "\n    ".join(lines)
 
     # --- what comes of it ---

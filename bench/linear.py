@@ -33,8 +33,10 @@ class OfHiddenStates(command.Bench):
         *(*tables.ratios(ALL), "note", *tables.ENVIRONMENT, "date"),
     )
     places, beside, checked = (
-        {"tokens": "tokens", "V": "vocab"}, ("products", "dense"), Hidden.checked,
-    )  # fmt: skip
+        {"tokens": "tokens", "V": "vocab"},
+        ("products", "dense"),
+        Hidden.checked,
+    )
     rates = {"GFLOP/s": "gflop_per_s"}
     figures = {
         "time": ("ms", "time of loss and gradients (ms)"),

@@ -290,10 +290,12 @@ def launch_row_maps(case, N, one, label):
     weight = torch.empty(N, dtype=one.dtype) if labelled else None
     parameters = _reduction.parameters(objective.parameters, label, False, one.dtype)
     parts = torch.empty(case.splits, SUMS, N, dtype=one.dtype)
-    kernels.row_labels(label, weight, (N,), -100, case.vocab, label.device, shift=labelled,
-                       strict=labelled)  # fmt: skip
-    sums, *_ = kernels.row_losses(parts, label, one, parameters, weight, None, metrics=metrics,
-                                  reduction="mean", **rows)  # fmt: skip
+    kernels.row_labels(
+        label, weight, (N,), -100, case.vocab, label.device, shift=labelled, strict=labelled
+    )
+    sums, *_ = kernels.row_losses(
+        parts, label, one, parameters, weight, None, metrics=metrics, reduction="mean", **rows
+    )
     room = torch.empty(N, dtype=one.dtype) if case.splits > 1 else None
     kernels.row_weights(sums, label, one, parameters, one, weight, one, inv_room=room, **rows)
 

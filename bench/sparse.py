@@ -207,9 +207,12 @@ class OfSparseTeachers(command.Bench):
     providers, ops, default_ops = ALL, OPS, list(OPS)
     defaults = {"tokens": (8192, 512), "repeats": (20, 3), "dtype": (["bfloat16"], ["float32"])}
     extra = {
-        "vocab": [32000, 50257, 128256, 151936, 262144], "k": [1, 20, 64, 128], "mode": ["both"],
-        "copy_mb": 0, "no_plots": True,
-    }  # fmt: skip
+        "vocab": [32000, 50257, 128256, 151936, 262144],
+        "k": [1, 20, 64, 128],
+        "mode": ["both"],
+        "copy_mb": 0,
+        "no_plots": True,
+    }
     dtypes, tell = "default: bfloat16; on a CPU float32", ("op", "dtype", "mode", "vocab", "k")
     columns = (
         *("op", "mode", "dtype", "vocab", "k", "tokens", "provider", "version"),

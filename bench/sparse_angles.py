@@ -78,10 +78,12 @@ def compare(student, teacher, labels, ks, draws):
         loss, ours = gradient(name, student, given, labels)
         angle = torch.acos((g @ ours / (g.norm() * ours.norm())).clamp(-1, 1))
         return more | {
-            "objective": name, "tail": given.tail, "degrees": torch.rad2deg(angle).item(),
+            "objective": name,
+            "tail": given.tail,
+            "degrees": torch.rad2deg(angle).item(),
             "value_kept": (loss.sum() / right.sum()).item(),
             "negative_rows": (loss < 0).double().mean().item(),
-        }  # fmt: skip
+        }
 
     for k in ks:
         top = teacher_topk(teacher, k).ids

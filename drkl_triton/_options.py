@@ -52,9 +52,12 @@ class Options(NamedTuple):
         like: of the rows; teacher: what its columns are given as.
         """
         said = {"function": function, "rows": [*like.shape[:-1]], "dtype": str(like.dtype)}
-        said |= {"objective": objective.key, "parameters": [
-            "a tensor" if isinstance(x, Tensor) else x for x in objective.parameters
-        ]}  # fmt: skip
+        said |= {
+            "objective": objective.key,
+            "parameters": [
+                "a tensor" if isinstance(x, Tensor) else x for x in objective.parameters
+            ],
+        }
         said |= {"teacher": teacher, "labels": labels is not None, **self.said()}
         return _shard.agree(self.group, said, width, self.vocab_start)
 

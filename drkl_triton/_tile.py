@@ -130,9 +130,12 @@ _OPERATORS = {
     _arithmetic: {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "neg": "neg"},
     _comparison: {name: name for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     _logic: {
-        "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not"
+        "and": "bitwise_and",
+        "or": "bitwise_or",
+        "xor": "bitwise_xor",
+        "invert": "bitwise_not",
     },
-}  # fmt: skip
+}
 
 
 def _operators(name, run):

@@ -106,9 +106,12 @@ def _checked(name, objective, hidden, matrix, labels, options: dict):
     _checks.objective(objective)
     student = hidden, matrix, heads.student_bias, heads.student_scale, heads.student_softcap
     teacher = (
-        heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias, heads.teacher_scale,
+        heads.teacher_hidden,
+        heads.teacher_weight,
+        heads.teacher_bias,
+        heads.teacher_scale,
         heads.teacher_softcap,
-    )  # fmt: skip
+    )
     given, sparse = heads.teacher_logits, isinstance(heads.teacher_logits, SparseTeacher)
     shard = None
     if options.group is not None:

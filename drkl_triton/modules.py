@@ -27,9 +27,7 @@ __all__ = [
 ]
 
 CALL = {"weight", "num_items"}  # what belongs to the call
-LINEAR_CALL = {
-    "teacher_hidden", "teacher_weight", "teacher_logits", "student_bias", "teacher_bias"
-}  # fmt: skip
+LINEAR_CALL = {"teacher_hidden", "teacher_weight", "teacher_logits", "student_bias", "teacher_bias"}
 
 
 class DivergenceLoss(nn.Module):

@@ -436,9 +436,10 @@ def linear(*arguments):
         teacher = head(*x.teacher, teacher_dtype)
     elif x.columns is not None:
         teacher = _cells.Cells(
-            x.columns, x.columns if x.teacher_logits is None else x.teacher_logits,
+            x.columns,
+            x.columns if x.teacher_logits is None else x.teacher_logits,
             x.label if x.cell_label is None else x.cell_label,
-        )  # fmt: skip
+        )
     filter_value = _as_written(x.filter_value, x.teacher_logits)
     with _no_autocast(x.label.device.type):
         found, dhidden, *others = slices.walk(
@@ -452,7 +453,7 @@ def linear(*arguments):
             slices.Wanted(*wanted),
             may_skip,
             chunk_bytes or slices.default_chunk_bytes(x.label.device),
-        )  # fmt: skip
+        )
     nothing = x.inv_temperature.new_empty(0)
     if dhidden is not None:
         dhidden = dhidden.view(x.student_hidden.shape)

@@ -277,9 +277,12 @@ class TeacherCache:
         if self.manifest["kind"] == "hidden":
             return parts["hidden"]
         return SparseTeacher(
-            parts.pop("ids"), parts.pop("log_probs"), tail=self.manifest["tail"],
-            normalised=self.manifest["normalised"], **parts,
-        )  # fmt: skip
+            parts.pop("ids"),
+            parts.pop("log_probs"),
+            tail=self.manifest["tail"],
+            normalised=self.manifest["normalised"],
+            **parts,
+        )
 
     def batch(self, keys: Iterable[str | int]) -> SparseTeacher | Tensor:
         """Several documents, ``[B, T, ...]``: the shorter ones are followed by rows without an

@@ -152,8 +152,7 @@ def load_view(filter_ptr, mixture, inv_temperature, ACC: tl.constexpr):
 
 
 @triton.jit
-def place(ptr, head, body, V, label, view, SPLIT: tl.constexpr, G: tl.constexpr,
-          ANY: tl.constexpr):  # fmt: skip
+def place(ptr, head, body, V, label, view, SPLIT: tl.constexpr, G: tl.constexpr, ANY: tl.constexpr):
     """The Place of a row at the pair of pointers ``ptr``. Where the label is in none of the share's
     tiles, ``picked`` is the first of them with ANY, and otherwise none.
     """

@@ -138,7 +138,7 @@ def from_hidden_states(rank, world):
         ),
         "cells": ({"teacher_logits": known}, {"teacher_logits": known}),
         "uniform": ({"teacher_logits": flat}, {"teacher_logits": flat}),
-    }  # fmt: skip
+    }
     ways = {"mean": {}, "recompute": {"recompute": True}, "none": {"reduction": "none"},
             "slices": {"chunk_bytes": 2000}, "softcap": {"student_softcap": 3.0}}  # fmt: skip
     for i, name in enumerate(FEW[:3] if world == 4 else FEW):
@@ -281,8 +281,11 @@ def collectives(rank, world):
     dist.all_reduce = counted
     try:
         for name, expected, numbers in (
-            ("reverse_kl", 2, 8), ("mixed_kl", 2, 9), ("drkl", 2, 8), ("js_divergence", 3, 9)
-        ):  # fmt: skip
+            ("reverse_kl", 2, 8),
+            ("mixed_kl", 2, 9),
+            ("drkl", 2, 8),
+            ("js_divergence", 3, 9),
+        ):
             x = s[:, part].clone().requires_grad_()
             count.clear()
             loss = losses.ours(name)(x, t[:, part], labels, group=world_group())
@@ -366,8 +369,9 @@ def dtensors(rank, world):
         distribute_tensor(t, mesh, [Replicate()]),
         drkl_triton.teacher_topk(t, 4, labels=labels),
     ):
-        right = gradient(drkl_triton.drkl, s, teacher if isinstance(teacher, SparseTeacher) else t,
-                         labels, None)  # fmt: skip
+        right = gradient(
+            drkl_triton.drkl, s, teacher if isinstance(teacher, SparseTeacher) else t, labels, None
+        )
         x = distribute_tensor(s, mesh, [Shard(1)]).requires_grad_()
         loss = drkl_triton.drkl(x, teacher, labels)
         (grad,) = torch.autograd.grad(loss, x)  # torch 2.8 gathers an uneven .grad
@@ -414,8 +418,9 @@ def two_dimensions(rank, world):
     lines, columns = slice(4 * data, 4 * data + 4 + data), slice(20 * mine, 20 + 30 * mine)
     group = mesh.get_group("tensor")
     right = gradient(drkl_triton.drkl, s[lines], t[lines], labels[lines], None)
-    ours = gradient(drkl_triton.drkl, s[lines, columns], t[lines, columns], labels[lines], None,
-                    group=group)  # fmt: skip
+    ours = gradient(
+        drkl_triton.drkl, s[lines, columns], t[lines, columns], labels[lines], None, group=group
+    )
     close(ours[0], right[0])
     close(ours[1], right[1][:, columns])
     x = distribute_tensor(s[lines], mesh["tensor"], [Shard(1)]).requires_grad_()

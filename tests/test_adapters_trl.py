@@ -310,9 +310,12 @@ def test_pixel_values_reach_both_models(tokenizer, tmp_path, monkeypatch):
 def test_a_mixture_of_experts_keeps_its_load_balanced(tokenizer, tmp_path):
     models = [hf.experts(len(tokenizer)) for _ in range(2)]
     trainer = adapter.DRKLTrainer(
-        model=models[0], teacher_model=models[1], args=config(tmp_path, router_aux_loss_coef=0.7),
-        train_dataset=hf.conversations(), processing_class=tokenizer,
-    )  # fmt: skip
+        model=models[0],
+        teacher_model=models[1],
+        args=config(tmp_path, router_aux_loss_coef=0.7),
+        train_dataset=hf.conversations(),
+        processing_class=tokenizer,
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     with torch.no_grad():
@@ -666,9 +669,12 @@ def linear_trainer(folder, tokenizer, student=None, teacher=None, **options):
         x or hf.model("llama", len(tokenizer), seed=i) for i, x in enumerate((student, teacher))
     )
     return adapter.DRKLTrainer(
-        model=student, teacher_model=teacher, args=config(folder, linear=True, **options),
-        train_dataset=hf.conversations(), processing_class=tokenizer,
-    )  # fmt: skip
+        model=student,
+        teacher_model=teacher,
+        args=config(folder, linear=True, **options),
+        train_dataset=hf.conversations(),
+        processing_class=tokenizer,
+    )
 
 
 def loss_and_gradients(trainer, batch, linear, num_items=None):
@@ -826,9 +832,12 @@ def test_errors_of_linear(tokenizer, tmp_path):
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"{name} must be None with linear=True"):
             make(
-                adapter.DRKLTrainer, config(tmp_path, linear=True), "llama", tokenizer,
+                adapter.DRKLTrainer,
+                config(tmp_path, linear=True),
+                "llama",
+                tokenizer,
                 **{name: len},
-            )  # fmt: skip
+            )
     trainer = linear_trainer(tmp_path, tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(ValueError, match="hidden states must be one for each label"):

@@ -255,9 +255,12 @@ def without_the_mask(*tensors):
 
 
 WRONG = [
-    (LOGITS, swapped), (LOGITS, half_the_gradient), (LOGITS, in_half_precision),
-    (HIDDEN, half_of_d_weight), (HIDDEN, without_the_mask),
-]  # fmt: skip
+    (LOGITS, swapped),
+    (LOGITS, half_the_gradient),
+    (LOGITS, in_half_precision),
+    (HIDDEN, half_of_d_weight),
+    (HIDDEN, without_the_mask),
+]
 
 
 @pytest.mark.parametrize("bench, function", WRONG)

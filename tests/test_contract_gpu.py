@@ -100,9 +100,12 @@ def test_cuda_graph_of_a_linear_loss(options):
 
     def step():
         loss = linear_reverse_kl(
-            *tensors[:2], teacher_hidden=tensors[2], teacher_weight=tensors[3],
-            chunk_bytes=16 * V * 8, **options,
-        )  # fmt: skip
+            *tensors[:2],
+            teacher_hidden=tensors[2],
+            teacher_weight=tensors[3],
+            chunk_bytes=16 * V * 8,
+            **options,
+        )
         return loss.detach(), *torch.autograd.grad(loss, tensors[:2], upstream)
 
     stream = torch.cuda.Stream()

@@ -228,9 +228,11 @@ def test_the_proposal_is_the_fastest_and_names_its_rows(tmp_path):
 
 def test_the_most_important_comes_first():
     options = tune.argparse.Namespace(
-        kernel=["row_sums", "row_grad"], dtype=["bfloat16", "float32"],
-        vocab=tune.VOCABULARIES, tokens=tune.ROWS,
-    )  # fmt: skip
+        kernel=["row_sums", "row_grad"],
+        dtype=["bfloat16", "float32"],
+        vocab=tune.VOCABULARIES,
+        tokens=tune.ROWS,
+    )
     order = tune.problems(options)
     assert len(order) == len(set(order)) == 2 * 2 * 4 * 5
     for i, kernel in enumerate(options.kernel):
@@ -251,8 +253,9 @@ def test_each_row_count_gets_splits_that_fill_a_card(monkeypatch):
         return [t.splits for t in tiles[1:] if t.lanes == lanes]
 
     assert splits(8192) in ([], [1])  # [] where it is the present choice, which comes first
-    assert set(splits(132)) == {1, 2, 4, 8, 16} - {tune.present_tile(
-        tune.Problem("row_sums", "bfloat16", 128256, 132), options.device).splits}  # fmt: skip
+    assert set(splits(132)) == {1, 2, 4, 8, 16} - {
+        tune.present_tile(tune.Problem("row_sums", "bfloat16", 128256, 132), options.device).splits
+    }
     assert set(splits(1)) == {16, 32, 64}
     assert set(splits(1, vocab=32000, lanes=512)) == {1, 2, 4}
 

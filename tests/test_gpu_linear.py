@@ -86,9 +86,12 @@ def test_ignored_rows_are_as_if_absent(device, N, H, V, op):
         for rows in (slice(None), kept):
             leaves = [x.detach().requires_grad_() for x in (hidden[rows], weight)]
             loss = test_linear.LINEAR[op](
-                *leaves, labels[rows], teacher_logits=logits[rows], backend="triton",
+                *leaves,
+                labels[rows],
+                teacher_logits=logits[rows],
+                backend="triton",
                 chunk_bytes=1 << 62,
-            )  # fmt: skip
+            )
             grads.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     (loss, d_hidden, d_weight), expected = grads
     assert (d_hidden[~kept] == 0).all()

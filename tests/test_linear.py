@@ -401,9 +401,10 @@ def test_a_float16_gradient_divided_by_many_tokens_does_not_vanish(wide_products
     grads = torch.autograd.grad(loss, (hidden, weight), torch.tensor(65536.0 * 16))
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = torch.autograd.grad(
-        reverse_kl(wide[0] @ wide[1].t(), logits.double(), num_items=1e7), wide,
+        reverse_kl(wide[0] @ wide[1].t(), logits.double(), num_items=1e7),
+        wide,
         torch.tensor(65536.0 * 16, dtype=torch.float64),
-    )  # fmt: skip
+    )
     for g, e in zip(grads, expected, strict=True):
         torch.testing.assert_close(g.double(), e, rtol=0.02, atol=0.02 * e.abs().max().item())
 

@@ -186,7 +186,8 @@ WRONG = {
     "an adapter": (dict(student_weight=Adapter()), TypeError, "LoRA.*merge"),
     "ZeRO-3": (dict(student_weight=parameter_without_elements()), ValueError, "register_ext"),
     "quantised": (
-        dict(student_weight=torch.zeros(V, H, dtype=torch.uint8)), TypeError,
+        dict(student_weight=torch.zeros(V, H, dtype=torch.uint8)),
+        TypeError,
         "got torch.uint8.*dequantise",
     ),
     "transposed": (dict(student_weight=torch.randn(H, V)), ValueError, "not its transpose"),
@@ -198,11 +199,13 @@ WRONG = {
     "half a teacher": (dict(teacher_weight=None), TypeError, "teacher_hidden alone; pass"),
     "two teachers": (dict(teacher_logits=torch.randn(N, V)), TypeError, "got both"),
     "teacher grad": (
-        dict(teacher_weight=torch.randn(V, H + 2).requires_grad_()), ValueError,
+        dict(teacher_weight=torch.randn(V, H + 2).requires_grad_()),
+        ValueError,
         r"teacher_weight requires grad.*teacher_weight\.detach\(\)",
     ),
     "vocabularies": (
-        dict(teacher_weight=torch.randn(V + 1, H + 2)), ValueError,
+        dict(teacher_weight=torch.randn(V + 1, H + 2)),
+        ValueError,
         "student_weight has a vocabulary of 29 and teacher_weight of 30.*truncate",
     ),
     "tokens": (dict(teacher_hidden=torch.randn(N - 1, H + 2)), ValueError, "same leading shape"),
@@ -216,7 +219,7 @@ WRONG = {
     "recompute": (dict(recompute=1), TypeError, "recompute must be True or False"),
     "gamma": (dict(gamma=-1.0), ValueError, "gamma must be positive"),
     "num_items": (dict(num_items=3, reduction="sum"), ValueError, "num_items"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

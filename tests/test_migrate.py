@@ -227,9 +227,12 @@ def test_logits_in_bfloat16(tmp_path, monkeypatch):
         student, teacher = (hf.model("llama", len(tokenizer), seed=seed) for seed in (0, 1))
         before = torch.cat([p.detach().clone().flatten() for p in student.parameters()])
         trainer_class(
-            model=student, teacher_model=teacher, args=args, train_dataset=hf.conversations(),
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=hf.conversations(),
             processing_class=tokenizer,
-        ).train()  # fmt: skip
+        ).train()
         return before - torch.cat([p.detach().flatten() for p in student.parameters()])
 
     recipe = step(run("example", "bfloat16", {})["BFloat16LogitsTrainer"])

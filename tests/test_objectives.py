@@ -407,8 +407,10 @@ def test_a_mixture_costs_no_more_than_its_dearest_term(monkeypatch):
     forward = launched(o.forward_kl())
     assert launched(o.dkd()) == forward and forward != alone
     assert [name for name, _ in launched(o.js_divergence() + o.drkl())] == [
-        "row_sums", "row_phi", "row_grad"
-    ]  # fmt: skip
+        "row_sums",
+        "row_phi",
+        "row_grad",
+    ]
 
 
 def test_a_teacher_that_no_term_reads_is_not_read(backend):
@@ -554,6 +556,9 @@ def test_from_hidden_states_within_the_bound(backend, dtype, name, labelled):
     upstream = torch.randn(N, generator=draw)
     ours = run_linear(
         linear_ours(name, backend, reduction="none", chunk_bytes=5 * columns * 8),
-        student, teacher, y, upstream,
-    )  # fmt: skip
+        student,
+        teacher,
+        y,
+        upstream,
+    )
     assert max(linear_excess(name, student, teacher, y, upstream, ours=ours)) <= 1

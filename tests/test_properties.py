@@ -76,9 +76,12 @@ def rows(draw, dtype=None, vocabulary=vocabularies, masks=True):
 @pytest.mark.parametrize("op", losses.LOSSES)
 @properties
 @given(
-    rows(), st.booleans(), st.sampled_from([0.05, 0.5, 3.0]),
-    st.sampled_from([0.3, 1.0, 1.0, 5.0]), backends,
-)  # fmt: skip
+    rows(),
+    st.booleans(),
+    st.sampled_from([0.05, 0.5, 3.0]),
+    st.sampled_from([0.3, 1.0, 1.0, 5.0]),
+    backends,
+)
 def test_equal_to_the_reference_within_the_bound(op, data, labelled, gamma, temperature, backend):
     student, teacher, labels, upstream = data
     options = {"temperature": temperature, "backend": backend}
@@ -124,8 +127,9 @@ def test_nan_and_inf_are_where_the_contract_has_them(op, data, support, backend)
         options.pop("support")
     results = []
     for function, more in (
-        (losses.ours(op), {"backend": backend}), (losses.truth(op), {}),
-    ):  # fmt: skip
+        (losses.ours(op), {"backend": backend}),
+        (losses.truth(op), {}),
+    ):
         s = student.clone().requires_grad_()
         loss = function(s, teacher, labels, **options, **more)
         (grad,) = torch.autograd.grad(loss, s, upstream)

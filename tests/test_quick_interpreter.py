@@ -40,9 +40,11 @@ def test_it_computes_the_same_bits(tmp_path):
     file, names = tmp_path / "slow.pt", {}
     slow = subprocess.run(
         [sys.executable, "-c", SCRIPT + "torch.save(list(everything()), sys.argv[1])", str(file)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert slow.returncode == 0, slow.stderr
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

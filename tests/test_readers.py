@@ -73,8 +73,11 @@ def test_sglang_and_tinker():
     given = sample("sglang_logprobs.json")
     teacher = readers.sglang_logprobs(given["input_top_logprobs"], given["input_ids"])
     assert entries(teacher) == {
-        (0, 1156): -2.4063, (0, 1850): -2.9688, (1, 315): -0.1094, (1, 323): -3.3594,
-    }  # fmt: skip
+        (0, 1156): -2.4063,
+        (0, 1850): -2.9688,
+        (1, 315): -0.1094,
+        (1, 323): -3.3594,
+    }
     # the first label is not among the ids
     assert teacher.label_log_probs.tolist() == pytest.approx([-INF, -0.1094, -INF])
     pairs = [None, *([(i, x) for x, i, _ in row] for row in given["input_top_logprobs"][1:])]
@@ -91,8 +94,11 @@ def test_trl_server():
 def test_axolotl():
     teacher = readers.axolotl(sample("axolotl.json"))
     assert entries(teacher) == {
-        (0, 279): -0.2231, (0, 264): -1.6094, (1, 1156): -0.0513, (1, 1850): -2.9957,
-    }  # fmt: skip
+        (0, 279): -0.2231,
+        (0, 264): -1.6094,
+        (1, 1156): -0.0513,
+        (1, 1850): -2.9957,
+    }
     assert teacher.tail == "renormalise" and not teacher.normalised
     reverse_kl(torch.randn(3, 2000), teacher, temperature=2.0)
 
@@ -199,8 +205,11 @@ def test_labels_outside_of_the_largest():
         given["topk_prompt_logprobs"], prompt_logprobs=given["prompt_logprobs"]
     )
     assert entries(teacher) == {
-        (0, 1156): -2.4063, (0, 1850): -2.9688, (1, 315): -0.1094, (1, 323): -3.3594,
-    }  # fmt: skip
+        (0, 1156): -2.4063,
+        (0, 1850): -2.9688,
+        (1, 315): -0.1094,
+        (1, 323): -3.3594,
+    }
     assert teacher.label_log_probs.tolist() == pytest.approx([-5.2188, -0.1094, -INF])
 
     given = sample("trl_server.json")
@@ -236,12 +245,18 @@ def test_axolotl_rows_line_up_with_the_whole_sequence():
     rows = [None, *sample("axolotl.json")[:2]]
     teacher = readers.axolotl(rows, length=5)
     assert entries(teacher) == {
-        (2, 279): -0.2231, (2, 264): -1.6094, (3, 1156): -0.0513, (3, 1850): -2.9957,
-    }  # fmt: skip
+        (2, 279): -0.2231,
+        (2, 264): -1.6094,
+        (3, 1156): -0.0513,
+        (3, 1850): -2.9957,
+    }
     assert teacher.ids.shape == (5, 2)
     assert entries(readers.axolotl(rows, length=3)).keys() == {
-        (0, 279), (0, 264), (1, 1156), (1, 1850),
-    }  # fmt: skip
+        (0, 279),
+        (0, 264),
+        (1, 1156),
+        (1, 1850),
+    }
     with pytest.raises(ValueError, match="length: expected at least the 3 rows, got 2"):
         readers.axolotl(rows, length=2)
 
@@ -272,8 +287,11 @@ def test_distillkit_ids_of_no_entry_are_anything():
     columns = zip(given["token_ids"], given["top_values"], strict=True)
     first, second = (readers.distillkit(*x) for x in columns)
     assert entries(first) == {
-        (0, 1156): -2.4063, (0, 1850): -2.9688, (1, 315): -0.1094, (1, 323): -3.3594,
-    }  # fmt: skip
+        (0, 1156): -2.4063,
+        (0, 1850): -2.9688,
+        (1, 315): -0.1094,
+        (1, 323): -3.3594,
+    }
     assert entries(second) == {(0, 9625): -0.5, (0, 279): -1.2031}
     assert readers.distillkit([], []).ids.tolist() == [[-1]]  # a document of one token
 

@@ -46,9 +46,12 @@ def test_the_training_step_trains_on_the_next_token():
     labels[:, :4] = -100
     batches = [{"input_ids": ids, "labels": labels.clone()} for _ in range(40)]
     names = dict(
-        torch=torch, student=student, teacher=teacher, batches=batches,
+        torch=torch,
+        student=student,
+        teacher=teacher,
+        batches=batches,
         optimizer=torch.optim.Adam(student.parameters(), lr=0.05),
-    )  # fmt: skip
+    )
 
     def loss():
         logits = student(ids).logits[:, :-1], teacher(ids).logits[:, :-1]

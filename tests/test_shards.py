@@ -24,9 +24,11 @@ SECONDS = 400
 def test_ranks_do_as_one_process(world):
     run = subprocess.run(
         [sys.executable, SCRIPT, str(world), str(SECONDS)],
-        capture_output=True, text=True, timeout=SECONDS + 60,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS + 60,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout.splitlines()[-1])
     assert len(said) > 10 and not any(said.values()), run.stdout + run.stderr
@@ -57,8 +59,11 @@ def test_the_example_has_the_losses_of_one_process():
     for launcher in (), ranks:
         run = subprocess.run(
             [sys.executable, *launcher, example, *options],
-            capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert run.returncode == 0, run.stderr
         printed.append([float(x) for x in re.findall(r": (\S+)$", run.stdout, re.M)])
     assert len(printed[0]) == 4 and printed[0] == pytest.approx(printed[1], abs=2e-6)

@@ -490,15 +490,18 @@ def test_leading_strides_are_read_in_place():
 # --- errors ---
 
 
-@pytest.mark.parametrize("change, error, words", [
-    (dict(ids=[[1.0]]), TypeError, "ids must be int64"),
-    (dict(ids=[1]), ValueError, "one shape"),
-    (dict(log_probs=[[1]]), TypeError, "log_probs must be float16"),
-    (dict(tail="none"), ValueError, "tail must be one of"),
-    (dict(normalised=False), ValueError, 'tail="renormalise"'),
-    (dict(label_log_probs=[[1.0]]), ValueError, "label_log_probs must have shape"),
-    (dict(log_z=[1.0]), ValueError, r"log_z must have shape \(1, 2\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(ids=[[1.0]]), TypeError, "ids must be int64"),
+        (dict(ids=[1]), ValueError, "one shape"),
+        (dict(log_probs=[[1]]), TypeError, "log_probs must be float16"),
+        (dict(tail="none"), ValueError, "tail must be one of"),
+        (dict(normalised=False), ValueError, 'tail="renormalise"'),
+        (dict(label_log_probs=[[1.0]]), ValueError, "label_log_probs must have shape"),
+        (dict(log_z=[1.0]), ValueError, r"log_z must have shape \(1, 2\)"),
+    ],
+)
 def test_wrong_teachers(change, error, words):
     given = dict(ids=[[1]], log_probs=[[-1.0]]) | change
     given = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in given.items()}

@@ -186,9 +186,12 @@ class Study:
             progress=False,
         )  # fmt: skip
         self.setting = Setting(
-            smollm.matrix(self.teacher), load_teacher(folder, tokenizer=self.tokenizer),
-            self.args.batch, self.device, self.dtype,
-        )  # fmt: skip
+            smollm.matrix(self.teacher),
+            load_teacher(folder, tokenizer=self.tokenizer),
+            self.args.batch,
+            self.device,
+            self.dtype,
+        )
 
     # --- students ---
 
@@ -314,8 +317,11 @@ class Study:
             self.out_of_time()
         return {
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "machine": {"device": str(self.device), "dtype": str(self.dtype),
-                        "threads": torch.get_num_threads()},
+            "machine": {
+                "device": str(self.device),
+                "dtype": str(self.dtype),
+                "threads": torch.get_num_threads(),
+            },
             "versions": versions(),
             "commit": commit(),
             "held_out": {part: self.split[part] for part in ("validation", "test")},
@@ -323,7 +329,7 @@ class Study:
             "teacher": teacher,
             "start": start,
             "runs": self.runs,
-        }  # fmt: skip
+        }
 
 
 def commit():

@@ -98,10 +98,13 @@ def tables(results):
     found, minus = means(results), differences(results)
     extra = [("teacher", results["teacher"]), ("start", results["start"])]
     body = [
-        [m.row, *(number(m, value(run, m)) for _, run in extra),
-         *(shown(m, found[name][m.key]) for name in names)]
+        [
+            m.row,
+            *(number(m, value(run, m)) for _, run in extra),
+            *(shown(m, found[name][m.key]) for name in names),
+        ]
         for m in METRICS
-    ]  # fmt: skip
+    ]
     rates = ["learning rate", "", "", *(f"{chosen_lr(results, name):g}" for name in names)]
     seeds = ["seeds", "", "", *(str(len(runs[name])) for name in names)]
     parts = [
