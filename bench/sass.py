@@ -166,14 +166,15 @@ class Program:
 
     # --- loops ---
 
-    def _from(self, start, without=()):
-        """The blocks that can be reached from ``start``."""
+    def _from(self, start, without=(), after=None):
+        """The blocks that can be reached from ``start``; after(block): its successors, or some."""
+        after = after or self.successors.__getitem__
         seen, todo = set(), [start]
         while todo:
             i = todo.pop()
             if i not in seen and i not in without:
                 seen.add(i)
-                todo.extend(self.successors[i])
+                todo.extend(after(i))
         return seen
 
     @cached_property
@@ -235,13 +236,7 @@ class Program:
     def on_one_way(self, one, other):
         """Whether some way without back edges passes both loops."""
         first, second = sorted((one.header, other.header), key=self._order.index)
-        seen, todo = set(), [first]
-        while todo:
-            i = todo.pop()
-            if i not in seen:
-                seen.add(i)
-                todo.extend(self._forward(i))
-        return second in seen
+        return second in self._from(first, after=self._forward)
 
     def _guard(self, loop):
         """The last block before the loop from which the loop can still be passed by. Compilers put

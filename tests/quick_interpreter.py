@@ -84,31 +84,31 @@ def fit_operands_as_before():
     as_they_are, block_of, numbers = set(), {}, {}
 
     def fitted(lhs, rhs, *args, **kwargs):
-        both = lhs, rhs
+        both = [lhs, rhs]
         kinds = [x.type.name if isinstance(x, core.tensor) else type(x) for x in both]
         key = (*kinds, *args, *kwargs.items())
         if key in as_they_are:
             return both
-        if key in block_of:  # one is a scalar of the other's dtype
+        if key in block_of:
             i, type_ = block_of[key]
             handle = builder.create_splat(type_.to_ir(builder), both[i].handle)
-            made = semantic.tensor(handle, type_)
-            return (made, rhs) if i == 0 else (lhs, made)
+            both[i] = semantic.tensor(handle, type_)
+            return both
         number = next((i for i, x in enumerate(both) if not isinstance(x, core.tensor)), None)
         if number is not None and (key, both[number]) in numbers:
-            made = numbers[key, both[number]]
-            return (made, rhs) if number == 0 else (lhs, made)
+            both[number] = numbers[key, both[number]]
+            return both
         out = fit(lhs, rhs, *args, **kwargs)
         changed = [i for i in (0, 1) if out[i] is not both[i]]
         if not changed:
             as_they_are.add(key)
-        elif len(changed) == 1:
+        elif changed == [number]:
+            numbers[key, both[number]] = out[number]
+        elif len(changed) == 1 and number is None:
             (i,) = changed
-            if i == number:
-                numbers[key, both[i]] = out[i]
-            elif number is None and not kinds[i].startswith("<") and out[i].type.is_block():
-                if both[i].dtype == out[i].dtype:
-                    block_of[key] = i, out[i].type
+            old, new = both[i].type, out[i].type
+            if new.is_block() and not old.is_block() and old == new.scalar:
+                block_of[key] = i, new
         return out
 
     semantic.binary_op_type_checking_impl = fitted

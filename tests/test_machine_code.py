@@ -329,8 +329,8 @@ GRID = {
     "sm_120": "--vocab 50257 --dtype float32 --case plain float64".split(),
     "gfx942": "--vocab 50257 --dtype float32 --case plain".split(),
 }
-# On the other targets one of the objectives, or two.
-OTHERS = {*machine_code.OBJECTIVES} - {"reverse_kl", "js_divergence" if selection.ALL else ""}
+# On the other targets one of the objectives, or some.
+OTHERS = {*machine_code.OBJECTIVES} - {*(machine_code.VARIED if selection.ALL else ["reverse_kl"])}
 COMMON = [
     name
     for name in machine_code.KERNELS

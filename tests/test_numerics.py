@@ -85,17 +85,7 @@ def test_loss_and_gradient_within_bound(backend, V, dtype, name, labelled, reque
     assert grad <= 1
 
 
-TEMPERATURES = [0.5, 4.0]
-AT_TEMPERATURE = [
-    pytest.param(backend, temperature, *case, id=f"{backend}-{temperature}-{label}")
-    for backend in ("tiled", "triton")
-    for temperature in TEMPERATURES
-    for place, (case, label) in enumerate(zip(losses.CASES, losses.IDS, strict=True))
-    if backend == "tiled" or selection.taken(temperature, TEMPERATURES, place)
-]
-
-
-@pytest.mark.parametrize("backend, temperature, name, labelled", AT_TEMPERATURE)
+@pytest.mark.parametrize("backend, temperature, name, labelled", selection.over_losses([0.5, 4.0]))
 def test_temperature(backend, temperature, name, labelled):
     s, t, y, upstream = regimes(4097, torch.bfloat16)
     labels = y if labelled else None

@@ -531,18 +531,14 @@ def test_new_parameters_and_weights_do_not_recompile(fresh_compiler):
 # --- from hidden states ---
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FROM_HIDDEN = [
-    pytest.param(backend, columns, dtype, *case, id=f"{backend}-{columns}-{dtype}-{label}")
-    for backend in ("tiled", "triton")
-    for columns in ((2, 37, 301, 4097, 50257, 151936) if selection.ALL else (301,))
-    for dtype in DTYPES
-    for place, (case, label) in enumerate(zip(losses.CASES, losses.IDS, strict=True))
-    if backend == "tiled" or selection.taken(dtype, DTYPES, place)
-]
+COLUMNS = (2, 37, 301, 4097, 50257, 151936) if selection.ALL else (301,)
 
 
-@pytest.mark.parametrize("backend, columns, dtype, name, labelled", FROM_HIDDEN)
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize(
+    "backend, dtype, name, labelled",
+    selection.over_losses([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_from_hidden_states_within_the_bound(backend, columns, dtype, name, labelled, request):
     if columns > 10_000:
         request.getfixturevalue("wide_tiles")

@@ -44,26 +44,28 @@ def rows(results):
                        i.apart if minus else "")  # fmt: skip
 
 
-def spread(results, key="kl_student_teacher"):
-    """{tokens: [standard deviation over the seeds, of reverse KL and of each other objective that
-    was looked at, and of the paired difference of each of these]}; {} with one seed.
+def spread(results):
+    """{tokens: [standard deviation over the seeds of KL(q‖p), of reverse KL and of each other
+    objective that was looked at, and of the paired difference of each of these]}; {} with one seed.
     """
     looked = looked_at(results)
     base = looked.pop(BASELINE, {})
     if len(base) < 2:
         return {}
-    at = {
-        name: np.array([[point[key] for point in runs[seed]] for seed in sorted(runs)])
-        for name, runs in {BASELINE: base, **looked}.items()
-    }
-    columns = list(at.values())
-    for name, runs in looked.items():
-        both = sorted(runs.keys() & base.keys())
-        one, other = ([sorted(x).index(seed) for seed in both] for x in (runs, base))
-        columns.append(at[name][one] - at[BASELINE][other])
     tokens = [point["tokens"] for point in base[min(base)]]
-    each = (x.std(0, ddof=1) if len(x) > 1 else [float("nan")] * len(tokens) for x in columns)
-    return dict(zip(tokens, map(list, zip(*each, strict=True)), strict=True))
+    base, *others = (
+        {
+            seed: np.array([point["kl_student_teacher"] for point in run])
+            for seed, run in runs.items()
+        }
+        for runs in (base, *looked.values())
+    )
+    minus = [{seed: x[seed] - base[seed] for seed in x if seed in base} for x in others]
+    columns = (
+        np.std(list(x.values()), 0, ddof=1) if len(x) > 1 else np.full(len(tokens), np.nan)
+        for x in (base, *others, *minus)
+    )
+    return dict(zip(tokens, np.stack(list(columns), 1).tolist(), strict=True))
 
 
 def looked_at(results):
