@@ -185,9 +185,20 @@ def test_samples_of_a_model_follow_its_distribution():
     q = torch.softmax(model(prompts).logits[0, -1], -1)
     found = torch.bincount(drawn, minlength=256) / 4000
     assert (found - q).abs().max() < 5 * (q.max() / 4000).sqrt()
-    # with a cache as without one
+
+
+def test_samples_heed_all_that_came_before():
+    model, prompts = tiny(), torch.tensor([[7, 8, 9]])
+    for matrix in model.parameters():  # so large that attention changes what is drawn
+        if matrix.dim() == 2:
+            matrix.mul_(20)
     several = measure.sample(model, prompts, 2, 5, 1)
     assert torch.equal(several, measure.sample(model, prompts, 2, 5, 1))
+    without_a_cache, generator = prompts.expand(2, 3), torch.Generator().manual_seed(1)
+    for _ in range(5):
+        new = measure.draw(model(without_a_cache).logits[:, -1], generator)
+        without_a_cache = torch.cat([without_a_cache, new], 1)
+    assert torch.equal(several[0], without_a_cache[:, 3:])
     whole = torch.cat([prompts.expand(2, 3), several[0]], 1)
     log_p = model(whole).logits[:, 2:-1].log_softmax(-1)
     right = log_p.gather(-1, several[0, :, :, None]).mean()
