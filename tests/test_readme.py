@@ -141,6 +141,25 @@ def test_the_commit_that_was_measured_is_named(page):
             assert f"`{commit}`" in text, (target, commit)
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/faithfulness.md"])
+def test_intervals_are_those_that_were_measured(name):
+    """A "mean [low, high]" on these pages is a rounded difference of the table, or 100 times it."""
+    with open(ROOT / "bench/results/pretrained/intervals.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["minus"]]
+    measured = [[float(row[key]) for key in ("mean", "low", "high")] for row in rows]
+    text = (ROOT / name).read_text(encoding="utf-8").replace("−", "-")
+    number = r"([+-]?\d+\.\d+)"
+    found = re.findall(rf"{number}\s\[{number}, {number}\]", text)
+    assert len(found) == len(re.findall(r"\[[+-]?\d+\.\d+,", text)) > 5
+    for printed in found:
+        half = 0.5000001 * 10.0 ** -len(printed[0].split(".")[1])
+        assert any(
+            all(abs(float(p) - scale * x) <= half for p, x in zip(printed, of_row, strict=True))
+            for of_row in measured
+            for scale in (1, 100)
+        ), printed
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_linked_exist(page):
     text = page.read_text(encoding="utf-8")

@@ -14,7 +14,9 @@ def style(name):
 
 
 def plot_differences(results):
-    """In each panel the grey band is what the seeds of reverse KL differ among themselves."""
+    """In each panel the grey band is what the seeds of reverse KL differ among themselves, the
+    dotted line the difference that makes 0 of a metric whose best value that is.
+    """
     runs, found = results["runs"], differences(results)
     if not found:
         return None
@@ -39,10 +41,13 @@ def plot_differences(results):
                 mean, i, xerr=errors, elinewidth=1.5, capsize=3, ms=6, **style(name), **few
             )
             reach = max(reach, abs(low), abs(high))
+        if metric.aim == "0":
+            axes.axvline(-np.mean(base), color="0.5", linestyle=":")
+            reach = max(reach, abs(np.mean(base)))
         reach = reach or 1.0
         axes.set_xlim(-1.1 * reach, 1.1 * reach)
         aim = {"lower": "left is better", "higher": "right is better", "": "no better end"}
-        panel(axes, f"Δ {metric.axis}", "", aim.get(metric.aim, "0 is best"))
+        panel(axes, f"Δ {metric.axis}", "", aim.get(metric.aim, "the dotted line is best"))
     grid[0, 0].set_yticks(range(len(labels)), labels)
     grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)
     figure.suptitle(
