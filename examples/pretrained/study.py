@@ -55,7 +55,7 @@ SIZES = {
     "prompts": (12, 24, "of test documents, that are continued"),
     "samples": (4, 4, "a prompt"),
     "sample-length": (32, 48, "tokens"),
-    "main-seeds": (2, 5, f"of {', '.join(MAIN)}"),
+    "main-seeds": (3, 5, f"of {', '.join(MAIN)}"),
     "other-seeds": (0, 2, "of the other objectives; 0 leaves them out"),
     "looks": (4, 8, f"at the validation text during the training of {BASELINE} and drkl:0.5"),
 }
