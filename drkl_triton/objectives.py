@@ -207,12 +207,14 @@ def skewed_teacher(objective: Objective, skew: float | Tensor) -> Objective:
 
 
 def log_sum(a, b):
-    """log(a + b) of what is not negative, a number also where both are 0."""
+    """log(a + b) of what is not negative, a number also where both are 0: what is below the
+    smallest normal number counts as about that.
+    """
     m = a + b
     if m.dtype == tl.float64:
-        return tl.log(tl.maximum(m, 1e-300))
+        return tl.log(tl.maximum(m, 2.3e-308))
     else:
-        return tl.log(tl.maximum(m, 1e-37))
+        return tl.log(tl.maximum(m, 1.2e-38))
 
 
 @pointwise
