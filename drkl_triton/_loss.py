@@ -189,8 +189,9 @@ class Loss(NamedTuple):
         )  # fmt: skip
 
     def weights_outside(
-        self, label, parameters, sums, upstream, weight=None, denominator=None, factor=None
-    ) -> tuple[Tensor, Tensor]:
+        self, student: Rows, label, parameters, sums, upstream, weight=None, denominator=None,
+        factor=None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``weights`` and the gradient [N] of the column outside, whose term the sums leave out:
         with q^_o its probability and N = sum q^_k log(q^_k / p^_k) without it,
 
@@ -213,9 +214,13 @@ class Loss(NamedTuple):
         p = facts.divided(torch.exp((z - S.m_t) * self.inv_temperature), S.d_t)
         f, row = facts.facts(*rows[:3], self.needs)
         slopes, _ = facts.objective(f, row, rows[3], self.program.terms, self.program.phis)
+        # 1 - q, which has few digits where nearly all lies outside
+        inside = torch.exp((student.tensor - S.m_s[:, None]) * self.inv_temperature)
+        of_label = torch.arange(self.V, device=label.device) == label[:, None]
+        inside = facts.divided(inside.masked_fill(of_label, 0.0).sum(1), S.d_s)
         moved = (slopes.qp - slopes.entropy) * q - slopes.pq * p
-        level = facts.times(slopes.qp, f.qp + 1 - q)
-        level += facts.times(slopes.entropy, f.entropy - 1 + q)
+        level = facts.times(slopes.qp, f.qp + inside)
+        level += facts.times(slopes.entropy, f.entropy - inside)
         at_outside = q * (facts.on_rest(slopes, torch.exp(f.log_rest)) - slopes.pq * p - level)
         if factor is not None:
             upstream = upstream / factor

@@ -169,6 +169,15 @@ def test_within_the_bound(name, tail):
         assert max(worst) <= 1, (V, K, dtype, temperature, worst)
 
 
+def test_a_dropped_tail_that_is_nearly_all_of_the_vocabulary():
+    """The gradient is made of the other columns' probability, 0.002, and not of 1 - 0.998."""
+    flat, labels = torch.zeros(1, 1000), torch.tensor([250])
+    given = sparse(flat, 1, labels, "drop")
+    _, grad = run(drkl_triton, "reverse_kl", flat, given, labels, torch.ones(1))
+    _, truth = run(reference, "reverse_kl", flat.double(), given, labels, torch.ones(1))
+    torch.testing.assert_close(grad.double(), truth, rtol=2e-6, atol=0)
+
+
 INTERPRETED = [
     (name, tail)
     for i, name in enumerate(NAMES)
