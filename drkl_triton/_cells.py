@@ -301,7 +301,8 @@ class CellLoss(NamedTuple):
         if loss.outside is None:
             weights, on_rest = loss.weights(*rows, *given, factor), torch.zeros_like(tail[0])
         else:
-            weights, on_rest = loss.weights_outside(s, *rows, *given, factor)
+            whole = s if shard_of(self.launchers) is None else None
+            weights, on_rest = loss.weights_outside(whole, *rows, *given, factor)
         of_cells = loss.write(s, t, cells.label, parameters, weights)
         if self.tail == "bucket":
             on_rest, of_cells = of_cells[:, -1], of_cells[:, :-1]

@@ -189,15 +189,16 @@ class Loss(NamedTuple):
         )  # fmt: skip
 
     def weights_outside(
-        self, student: Rows, label, parameters, sums, upstream, weight=None, denominator=None,
-        factor=None,
+        self, student: Rows | None, label, parameters, sums, upstream, weight=None,
+        denominator=None, factor=None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``weights`` and the gradient [N] of the column outside, whose term the sums leave out:
         with q^_o its probability and N = sum q^_k log(q^_k / p^_k) without it,
 
             dN/ds_k = q^_k (log(q^_k / p^_k) - N + q^_o)     dN/ds_o = q^_o (q^_o - 1 - N)
 
-        and likewise for the other Facts that are sums over columns.
+        and likewise for the other Facts that are sums over columns. student: None where other ranks
+        have some of its columns.
         """
         if denominator is not None:
             upstream = facts.divided(upstream, denominator)
@@ -214,10 +215,11 @@ class Loss(NamedTuple):
         p = facts.divided(torch.exp((z - S.m_t) * self.inv_temperature), S.d_t)
         f, row = facts.facts(*rows[:3], self.needs)
         slopes, _ = facts.objective(f, row, rows[3], self.program.terms, self.program.phis)
-        # 1 - q, which has few digits where nearly all lies outside
-        inside = torch.exp((student.tensor - S.m_s[:, None]) * self.inv_temperature)
-        of_label = torch.arange(self.V, device=label.device) == label[:, None]
-        inside = facts.divided(inside.masked_fill(of_label, 0.0).sum(1), S.d_s)
+        inside = 1 - q
+        if student is not None:  # that has few digits where nearly all lies outside
+            inside = torch.exp((student.tensor - S.m_s[:, None]) * self.inv_temperature)
+            of_label = torch.arange(self.V, device=label.device) == label[:, None]
+            inside = facts.divided(inside.masked_fill(of_label, 0.0).sum(1), S.d_s)
         moved = (slopes.qp - slopes.entropy) * q - slopes.pq * p
         level = facts.times(slopes.qp, f.qp + inside)
         level += facts.times(slopes.entropy, f.entropy - inside)
